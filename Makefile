@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup demo test soak lint bench
+
+setup: $(VENV)/dev
+
+$(VENV)/run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/dev: $(VENV)/run
+	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/run
+	$(BIN)/llava ask examples/scene.png "How many things are there?"
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+soak: $(VENV)/dev
+	$(BIN)/python -m pytest -m soak
+
+bench: $(VENV)/dev
+	$(BIN)/python -m benchmarks.forward

@@ -1,0 +1,48 @@
+"""llavakit: LLaVA in one package. The names below load their modules when they are first used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "ClipVisionConfig",
+    "Conversation",
+    "ImagePart",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "LlamaModel",
+    "LlamaTokenizer",
+    "LlavaConfig",
+    "LlavaLlamaForCausalLM",
+    "LlavaProcessor",
+    "Message",
+    "SamplingParams",
+    "TextPart",
+]
+
+
+def __getattr__(name: str) -> Any:
+    match name:
+        case "LLM":
+            from llavakit.engine.llm import LLM as found
+        case "LlamaForCausalLM" | "LlamaModel" | "LlavaLlamaForCausalLM":
+            from llavakit.pretrained import causal_lm
+
+            return getattr(causal_lm, name)
+        case "ClipVisionConfig" | "LlamaConfig" | "LlavaConfig":
+            from llavakit.model import config
+
+            return getattr(config, name)
+        case "LlamaTokenizer":
+            from llavakit.processing.tokenizer.slow import LlamaTokenizer as found
+        case "LlavaProcessor":
+            from llavakit.processing.processor import LlavaProcessor as found
+        case "Conversation" | "ImagePart" | "Message" | "SamplingParams" | "TextPart":
+            from llavakit import types
+
+            return getattr(types, name)
+        case _:
+            raise AttributeError(f"module 'llavakit' has no attribute {name!r}")
+    return found

@@ -1,0 +1,35 @@
+"""The names that tensors have in files, as tables.
+
+Owns: which prefixes of which layout mean which part of our models, and what is dropped and why.
+Our own names are family A of llava-hf. The four families (transformers 4.36-4.51, 4.52-4.57, 5.x in memory, 5.x fresh saves)
+differ only in these prefixes, and files mix them, so one table of longest prefixes reads them all.
+"""
+
+from __future__ import annotations
+
+from llavakit.checkpoint.rules import Drop, Layout, Rename
+
+__all__ = ["LLAMA", "LLAVA_HF"]
+
+_DROPS = (
+    Drop(r"(.+\.)?rotary_emb\.inv_freq", "rotary frequencies are computed from the config"),
+    Drop(r"(.+\.)?embeddings\.position_ids", "a constant"),
+)
+
+LLAVA_HF = Layout(
+    name="llava-hf",
+    renames=(
+        Rename("language_model.model.", "language_model.model."),
+        Rename("language_model.lm_head.", "language_model.lm_head."),
+        Rename("model.language_model.", "language_model.model."),
+        Rename("lm_head.", "language_model.lm_head."),
+        Rename("vision_tower.vision_model.", "vision_tower.vision_model."),
+        Rename("vision_tower.", "vision_tower.vision_model."),
+        Rename("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+        Rename("model.vision_tower.", "vision_tower.vision_model."),
+        Rename("multi_modal_projector.", "multi_modal_projector."),
+        Rename("model.multi_modal_projector.", "multi_modal_projector."),
+    ),
+    drops=_DROPS,
+)
+LLAMA = Layout(name="llama", renames=(Rename("model.", "model."), Rename("lm_head.", "lm_head.")), drops=_DROPS)

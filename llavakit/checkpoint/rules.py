@@ -1,0 +1,86 @@
+"""Declarative renaming of tensors: total, or it fails with every problem at once.
+
+Owns: Layout and plan_load, which decides on names and shapes alone, before any weight is read.
+Invariant: each source tensor is taken or dropped with a reason, each target comes from exactly one source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llavakit.errors import CheckpointError
+
+__all__ = ["Drop", "Layout", "Rename", "plan_load"]
+
+_MAX_LISTED = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """Names that begin with source begin with target in our models."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Names that match the pattern are left out, for a reason."""
+
+    pattern: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The names of one kind of file."""
+
+    name: str
+    renames: tuple[Rename, ...]
+    drops: tuple[Drop, ...] = ()
+
+    def target(self, name: str) -> str | None:
+        """Return our name of a tensor by the longest prefix that fits, or None where none does."""
+        fits = [rename for rename in self.renames if name.startswith(rename.source)]
+        if not fits:
+            return None
+        best = max(fits, key=lambda rename: len(rename.source))
+        return best.target + name.removeprefix(best.source)
+
+    def is_dropped(self, name: str) -> bool:
+        """Whether a tensor is left out."""
+        return any(re.fullmatch(drop.pattern, name) for drop in self.drops)
+
+
+def plan_load(
+    layout: Layout, sources: Mapping[str, tuple[int, ...]], targets: Mapping[str, tuple[int, ...]], *, tied: Mapping[str, str]
+) -> dict[str, str]:
+    """Return source name -> target name for everything that is to be read.
+
+    tied names targets that share the weight of another one: their source may be missing, and is left out when it is there.
+    Raises: CheckpointError listing all unexpected, doubled, missing and misshapen tensors.
+    """
+    plan: dict[str, str] = {}
+    problems: list[str] = []
+    owners: dict[str, str] = {}
+    for source, shape in sources.items():
+        target = layout.target(source)
+        if layout.is_dropped(source) or (target is not None and target in tied):
+            continue
+        if target is None or target not in targets:
+            problems.append(f"unexpected {source} {list(shape)}")
+        elif target in owners:
+            problems.append(f"{source} and {owners[target]} are both {target}")
+        elif shape != targets[target]:
+            problems.append(f"{source} has shape {list(shape)}, expected {list(targets[target])}")
+            owners[target] = source
+        else:
+            plan[source] = target
+            owners[target] = source
+    problems += [f"missing {target} {list(shape)}" for target, shape in targets.items() if target not in owners and target not in tied]
+    if problems:
+        more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+        raise CheckpointError(f"the tensors are not those of this {layout.name} model: {'; '.join(problems[:_MAX_LISTED])}{more}")
+    return plan

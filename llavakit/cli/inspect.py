@@ -1,0 +1,88 @@
+"""llava inspect: what a checkpoint holds, read from its headers alone."""
+
+from __future__ import annotations
+
+import json as json_format
+import math
+import sys
+from collections import Counter
+from typing import Any
+
+from llavakit.checkpoint.load import load_config
+from llavakit.geometry import num_image_tokens
+from llavakit.model.config import LlavaConfig
+from llavakit.processing.processor import LlavaProcessor
+from llavakit.storage.folder import read_manifest
+from llavakit.storage.hub import resolve_model
+from llavakit.storage.tensors import TensorFolder
+
+__all__ = ["inspect"]
+
+
+def inspect(path: str, *, json: bool = False) -> None:
+    """Show a checkpoint's kind, size, dtypes, template and preprocessing without loading its weights.
+
+    Parameters
+    ----------
+    path
+        Folder or hub id.
+    json
+        Print one JSON object instead of lines.
+    """
+    folder = resolve_model(path)
+    config = load_config(folder)
+    tensors = TensorFolder(folder)
+    specs = tensors.specs
+    tensors.close()
+    parts: Counter[str] = Counter()
+    for name, spec in specs.items():
+        parts[_part(name)] += math.prod(spec.shape)
+    facts: dict[str, Any] = {
+        "folder": str(folder),
+        "kind": f"{config.model_type} ({'llava-hf layout' if isinstance(config, LlavaConfig) else 'Llama'})",
+        "tensors": len(specs),
+        "parameters": sum(parts.values()),
+        "parts": dict(parts),
+        "bytes": sum(spec.num_bytes for spec in specs.values()),
+        "dtypes": dict(Counter(str(spec.dtype).removeprefix("torch.") for spec in specs.values())),
+        "manifest": "present" if read_manifest(folder) is not None else "absent",
+    }
+    text = config.text_config if isinstance(config, LlavaConfig) else config
+    facts["decoder"] = (
+        f"{text.num_hidden_layers} layers, width {text.hidden_size}, {text.num_attention_heads} heads over {text.num_kv_heads}, "
+        f"vocabulary {text.vocab_size}, context {text.max_position_embeddings}"
+    )
+    if isinstance(config, LlavaConfig):
+        facts |= _vision_facts(config, LlavaProcessor.from_pretrained(folder))
+    if json:
+        sys.stdout.write(json_format.dumps(facts, indent=2) + "\n")
+    else:
+        sys.stdout.write("".join(f"{name:14} {_shown(value)}\n" for name, value in facts.items()))
+
+
+def _vision_facts(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, Any]:
+    vision = config.vision_config
+    aspect = {"pad": "pads to a square first", "crop": "crops the middle square"}[processor.image_processor.aspect]
+    system = processor.template.system
+    return {
+        "tower": (
+            f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, {config.num_vision_layers_used} run; "
+            f"{vision.image_size} px, {num_image_tokens(config.image_grid)} tokens per picture"
+        ),
+        "projector": config.mm_projector_type,
+        "preprocessing": aspect,
+        "template": f"{processor.template.name} ({'no system line' if system is None else 'with system line'})",
+    }
+
+
+def _part(name: str) -> str:
+    for part in ("vision_tower", "multi_modal_projector"):
+        if part in name:
+            return part
+    return "language_model"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)

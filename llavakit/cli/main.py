@@ -1,0 +1,38 @@
+"""The command `llava`: a table of commands, each loaded when it is called.
+
+Owns: the table. Invariant: `llava --help` imports no command, so neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from cyclopts import App
+
+from llavakit import __version__
+from llavakit.cli.exits import run_command
+
+__all__ = ["main"]
+
+_COMMANDS = (
+    ("ask", "Ask a question about a picture."),
+    ("chat", "Talk about a picture, turn by turn."),
+    ("inspect", "Show what a checkpoint holds, without loading it."),
+    ("doctor", "Show what this machine can run."),
+    ("reproduce", "Train the embedded miniature from nothing."),
+)
+
+
+def _app() -> App:
+    app = App(
+        name="llava", help="LLaVA: ask pictures questions, train and study the model.", version=__version__, result_action="return_value"
+    )
+    for name, summary in _COMMANDS:
+        app.command(f"llavakit.cli.{name}:{name}", name=name, help=summary)
+    return app
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    app = _app()
+    sys.exit(run_command(lambda: app(exit_on_error=False, print_error=False)))

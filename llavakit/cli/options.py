@@ -1,0 +1,86 @@
+"""Options that several commands share, and reading pictures from disk.
+
+Refuses: torch; `llava ask --help` needs none.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from llavakit.errors import ImageError
+from llavakit.logs import show_logs
+from llavakit.types import SamplingParams
+
+if TYPE_CHECKING:
+    from llavakit.engine.llm import LLM
+
+__all__ = ["ModelOptions", "SamplingOptions", "printable", "read_image"]
+
+_MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """Which model, and how it runs."""
+
+    model: str | None = None
+    """Folder or hub id; the embedded miniature when left out."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Dtype of weights and activations; auto takes the files'."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes CUDA where there is one."""
+
+    def load(self) -> LLM:
+        """Load the model, saying so on stderr where nobody named one."""
+        from llavakit.engine.llm import LLM, MINIATURE
+
+        show_logs()
+        if self.model is None:
+            sys.stderr.write("llava: using the embedded miniature model; --model takes a folder or a hub id\n")
+        return LLM.load(MINIATURE if self.model is None else self.model, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingOptions:
+    """How tokens are chosen and when an answer ends."""
+
+    max_tokens: int | None = None
+    """New tokens at most; the rest of the context when left out."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the most likely tokens up to this probability."""
+    seed: int | None = None
+    """Seed of the draw."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer."""
+
+    def params(self) -> SamplingParams:
+        """Translate into the loop's parameters."""
+        return SamplingParams(
+            max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed, stop=self.stop
+        )
+
+
+def read_image(path: Path) -> bytes:
+    """Read a picture's file. Raises: ImageError when it is no regular file, too large, or unreadable."""
+    if not path.exists():
+        raise ImageError(f"there is no picture {path}")
+    if not path.is_file():
+        raise ImageError(f"{path} is not a regular file")
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ImageError(f"{path} is larger than {_MAX_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def printable(text: str) -> str:
+    """Remove control characters other than line breaks and tabs, so that no answer can steer a terminal."""
+    return "".join(character for character in text if character in "\n\t" or not (ord(character) < 32 or 127 <= ord(character) < 160))

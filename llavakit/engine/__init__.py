@@ -1,0 +1,1 @@
+"""Generation: requests, the one loop, the offline interface."""

@@ -1,0 +1,60 @@
+"""Every error that llavakit raises on purpose.
+
+Owns: the exception tree. Invariant: each message says what was expected, what came, and the fix.
+The command line maps the five families to exit codes (cli/main); everything else is a bug.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ImageError",
+    "InputError",
+    "LlavaError",
+    "PromptError",
+    "StorageError",
+    "TrainingError",
+]
+
+
+class LlavaError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+
+class ConfigError(LlavaError):
+    """A configuration value is missing, unknown, of the wrong type or out of range."""
+
+
+class CheckpointError(LlavaError):
+    """A checkpoint folder is incomplete, damaged, unsafe or of an unsupported kind."""
+
+
+class StorageError(LlavaError):
+    """Files could not be written or are not what their manifest says."""
+
+
+class InputError(LlavaError):
+    """What the user asks about cannot be used."""
+
+
+class ImageError(InputError):
+    """The bytes are not a picture that may be decoded."""
+
+
+class PromptError(InputError):
+    """The conversation cannot become a prompt for this model."""
+
+
+class DataError(InputError):
+    """Training or evaluation data that cannot be used."""
+
+
+class CapacityError(LlavaError):
+    """The machine lacks the memory, disk or context length that the request needs."""
+
+
+class TrainingError(LlavaError):
+    """Training cannot go on: it diverged, was interrupted, or its run folder belongs to other settings."""

@@ -1,0 +1,1 @@
+"""The model: configurations, decoder, vision tower, projector, and the packed core that joins them."""

@@ -1,0 +1,159 @@
+"""The packed cores: LlamaCore for text, LlavaCore for text and pictures.
+
+Owns: embed, forward_packed, logits, loss_packed, and the rule that placeholders equal features.
+Refuses: batch shapes, `forward`, generation and I/O: pretrained/ and engine/ build on these four calls.
+Legend: T tokens  D model width  V vocabulary  M chosen rows  F image features  N pictures  S side in pixels  B segments
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llavakit.errors import InputError
+from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.model.decoder import LlamaDecoder
+from llavakit.model.linear import Linear
+from llavakit.model.projector import MultiModalProjector
+from llavakit.model.vision import ClipVisionTower
+from llavakit.ops.attention import Attention, Packed
+from llavakit.ops.loss import IGNORE, linear_cross_entropy
+
+__all__ = ["IMAGE_PLACEHOLDER", "LlamaCore", "LlavaCore", "LossTerms", "PackedBatch"]
+
+IMAGE_PLACEHOLDER = -200
+"""The id that original LLaVA code writes where a picture's features go."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Several sequences end to end: labels_T[t] is the token that position t must predict, or -100."""
+
+    ids_T: Tensor
+    labels_T: Tensor
+    positions_T: Tensor
+    cu_seqlens: Tensor
+    pixels_N3SS: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """A loss before division: its float32 sum, the number of supervised positions, and counters to report."""
+
+    sum: Tensor
+    weight: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+class LlamaCore(nn.Module):
+    """A Llama language model on packed tokens."""
+
+    config_class: ClassVar[type[LlamaConfig]] = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.model = LlamaDecoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        config.mark_built()
+
+    @property
+    def text_config(self) -> LlamaConfig:
+        """The language model's config."""
+        return self.config
+
+    def embed(self, ids_T: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Look up x_TD, cast to dtype (the weights' own if None)."""
+        x_TD: Tensor = self.model.embed_tokens(ids_T)
+        return x_TD if dtype is None else x_TD.to(dtype)
+
+    def forward_packed(self, x_TD: Tensor, positions_T: Tensor, attn: Attention, taps: list[Tensor] | None = None) -> Tensor:
+        """Run the decoder; see LlamaDecoder.forward_packed."""
+        return self.model.forward_packed(x_TD, positions_T, attn, taps)
+
+    def logits(self, h_MD: Tensor) -> Tensor:
+        """Score the vocabulary for M chosen rows: z_MV in h's dtype."""
+        z_MV: Tensor = self.lm_head(h_MD)
+        return z_MV
+
+    def loss_packed(self, batch: PackedBatch, *, dtype: torch.dtype | None = None) -> LossTerms:
+        """Sum the cross entropy over the batch's supervised positions, activations in dtype; the head runs on those rows only."""
+        return _decoder_loss(self, self.embed(batch.ids_T, dtype=dtype), batch)
+
+
+class LlavaCore(nn.Module):
+    """Tower, projector and language model on packed tokens; text-only input needs no pictures."""
+
+    config_class: ClassVar[type[LlavaConfig]] = LlavaConfig
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.vision_tower = ClipVisionTower(config.vision_config)
+        self.multi_modal_projector = MultiModalProjector(config)
+        self.language_model = LlamaCore(config.text_config)
+        config.mark_built()
+        config.vision_config.mark_built()
+
+    @property
+    def text_config(self) -> LlamaConfig:
+        """The language model's config."""
+        return self.config.text_config
+
+    def encode_images(self, pixels_N3SS: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Turn N pictures into projected features_FD, picture by picture; gradients reach the tower only where it is trainable."""
+        is_tower_trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.vision_tower.parameters())
+        pixels_N3SS = pixels_N3SS.to(self.multi_modal_projector.get_parameter("linear_1.weight").dtype if dtype is None else dtype)
+        with torch.set_grad_enabled(is_tower_trained):
+            features_NPD = self.vision_tower.features(
+                pixels_N3SS, num_layers=self.config.num_vision_layers_used, keep_cls=self.config.image_grid.has_cls
+            )
+        features_FD: Tensor = self.multi_modal_projector(features_NPD).flatten(0, 1)
+        return features_FD
+
+    def embed(self, ids_T: Tensor, features_FD: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Look up x_TD and put the features, in order, where ids are the image token (or -200).
+
+        Raises: InputError when placeholders and features differ in number.
+        """
+        is_image_T = (ids_T == self.config.image_token_index) | (ids_T == IMAGE_PLACEHOLDER)
+        num_slots, num_features = int(is_image_T.sum()), 0 if features_FD is None else features_FD.shape[0]
+        if num_slots != num_features:
+            raise InputError(
+                f"the prompt has {num_slots} image positions but the pictures give {num_features} features; "
+                "build the prompt with the processor, which writes one position per feature"
+            )
+        if features_FD is None:
+            return self.language_model.embed(ids_T, dtype=dtype)
+        # The image token may lie outside the embedding, and -200 always does: look up row 0 there.
+        x_TD = self.language_model.embed(ids_T.masked_fill(is_image_T, 0), dtype=dtype)
+        return x_TD.index_put((is_image_T.nonzero().squeeze(-1),), features_FD.to(x_TD.dtype))
+
+    def forward_packed(self, x_TD: Tensor, positions_T: Tensor, attn: Attention, taps: list[Tensor] | None = None) -> Tensor:
+        """Run the language model's decoder; see LlamaDecoder.forward_packed."""
+        return self.language_model.forward_packed(x_TD, positions_T, attn, taps)
+
+    def logits(self, h_MD: Tensor) -> Tensor:
+        """Score the vocabulary for M chosen rows."""
+        return self.language_model.logits(h_MD)
+
+    def loss_packed(self, batch: PackedBatch, *, dtype: torch.dtype | None = None) -> LossTerms:
+        """Sum the cross entropy over the batch's supervised positions, pictures included, activations in dtype."""
+        features_FD = None if batch.pixels_N3SS is None else self.encode_images(batch.pixels_N3SS, dtype=dtype)
+        return _decoder_loss(self.language_model, self.embed(batch.ids_T, features_FD, dtype=dtype), batch)
+
+
+def _decoder_loss(core: LlamaCore, x_TD: Tensor, batch: PackedBatch) -> LossTerms:
+    h_TD = core.forward_packed(x_TD, batch.positions_T, Packed(batch.cu_seqlens))
+    rows_M = (batch.labels_T != IGNORE).nonzero().squeeze(-1)
+    loss, num_right = linear_cross_entropy(h_TD[rows_M], core.lm_head.weight, batch.labels_T[rows_M])
+    weight = torch.tensor(rows_M.numel())
+    return LossTerms(loss, weight, {"num_supervised": weight, "num_right": num_right})

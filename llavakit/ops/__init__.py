@@ -1,0 +1,1 @@
+"""Tensor mathematics: attention contexts, rotary embedding, loss, sampling."""

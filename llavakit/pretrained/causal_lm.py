@@ -1,0 +1,195 @@
+"""LlamaModel, LlamaForCausalLM and LlavaLlamaForCausalLM: the classes that people know.
+
+Owns: their forward. Everything else is the packed core (model/), the attention context (dense), the loop (engine).
+forward takes and returns [B, S] tensors and equals transformers' eager path at every position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llavakit.errors import InputError
+from llavakit.geometry import num_image_tokens
+from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.model.decoder import LlamaDecoder
+from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.ops.loss import IGNORE
+from llavakit.pretrained.dense import DenseInput, DenseResult, run_dense
+from llavakit.pretrained.files import PretrainedFiles
+from llavakit.pretrained.generation import Generation
+from llavakit.pretrained.outputs import BaseModelOutputWithPast, Cache, CausalLMOutputWithPast
+from llavakit.pretrained.splice import splice
+
+__all__ = ["LlamaForCausalLM", "LlamaModel", "LlavaLlamaForCausalLM"]
+
+
+class LlamaModel(PretrainedFiles, LlamaDecoder):
+    """The decoder without a head."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        config.validate()
+        super().__init__(config)
+        self.config = config
+        config.mark_built()
+        self.init_if_real()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Run [B, S] ids or [B, S, D] embeddings. Raises: InputError unless exactly one of the two is given."""
+        x_BSD = _one_of(input_ids, inputs_embeds, self.embed_tokens)
+        given = DenseInput(
+            x_BSD=x_BSD,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past=past_key_values,
+            record_attentions=output_attentions is True,
+            record_hidden=output_hidden_states is True,
+        )
+        result = run_dense(self.forward_packed, given)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=result.h_BSD,
+            past_key_values=_kept(result, use_cache, self.config.use_cache),
+            hidden_states=result.hidden_states,
+            attentions=result.attentions,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+class LlamaForCausalLM(PretrainedFiles, Generation, LlamaCore):
+    """A Llama language model."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.init_if_real()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Run [B, S] ids or [B, S, D] embeddings; labels are compared with the next position's logits, -100 ignored."""
+        given = DenseInput(
+            x_BSD=_one_of(input_ids, inputs_embeds, self.embed),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past=past_key_values,
+            record_attentions=output_attentions is True,
+            record_hidden=output_hidden_states is True,
+        )
+        output = _causal_output(self, given, labels, _cache_flag(use_cache, self.config.use_cache))
+        return output.to_tuple() if return_dict is False else output
+
+
+class LlavaLlamaForCausalLM(PretrainedFiles, Generation, LlavaCore):
+    """LLaVA: pictures and text in, text out."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__(config)
+        self.init_if_real()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: Tensor | Sequence[Tensor] | None = None,
+        pixel_values: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Run [B, S] ids with the pictures that their image ids stand for, in order over the whole batch.
+
+        images (pixel_values is the same) is [N, 3, side, side]. An image id standing alone (-200 or config.image_token_index)
+        is expanded to all features of its picture, and the outputs are longer accordingly; a full run keeps its length.
+        Raises: InputError when ids and pictures do not fit, or both or neither of input_ids and inputs_embeds are given.
+        """
+        pixels = _pixels(images, pixel_values)
+        if input_ids is not None and pixels is not None:
+            spliced = splice(
+                input_ids,
+                attention_mask,
+                labels,
+                image_id=self.config.image_token_index,
+                tokens_per_image=num_image_tokens(self.config.image_grid),
+            )
+            input_ids, attention_mask, labels = spliced.ids_BS, spliced.attention_mask, spliced.labels
+        features_FD = None if pixels is None else self.encode_images(pixels)
+        given = DenseInput(
+            x_BSD=_one_of(input_ids, inputs_embeds, lambda ids_BS: self.embed(ids_BS.flatten(), features_FD).unflatten(0, ids_BS.shape)),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past=past_key_values,
+            record_attentions=output_attentions is True,
+            record_hidden=output_hidden_states is True,
+        )
+        output = _causal_output(self, given, labels, _cache_flag(use_cache, self.config.text_config.use_cache))
+        return output.to_tuple() if return_dict is False else output
+
+
+def _causal_output(core: LlamaCore | LlavaCore, given: DenseInput, labels: Tensor | None, keep_cache: bool) -> CausalLMOutputWithPast:
+    result = run_dense(core.forward_packed, given)
+    logits = core.logits(result.h_BSD)
+    loss = None
+    if labels is not None:
+        shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), shifted, ignore_index=IGNORE)
+    return CausalLMOutputWithPast(
+        loss=loss,
+        logits=logits,
+        past_key_values=result.cache if keep_cache else None,
+        hidden_states=result.hidden_states,
+        attentions=result.attentions,
+    )
+
+
+def _one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None, embed: Any) -> Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("give exactly one of input_ids and inputs_embeds")
+    x_BSD: Tensor = embed(input_ids) if inputs_embeds is None else inputs_embeds
+    return x_BSD
+
+
+def _pixels(images: Tensor | Sequence[Tensor] | None, pixel_values: Tensor | None) -> Tensor | None:
+    if images is not None and pixel_values is not None:
+        raise InputError("images and pixel_values are the same thing; give one of them")
+    if images is None:
+        return pixel_values
+    return images if isinstance(images, Tensor) else torch.stack(tuple(images))
+
+
+def _cache_flag(asked: bool | None, default: bool) -> bool:
+    return default if asked is None else asked
+
+
+def _kept(result: DenseResult, asked: bool | None, default: bool) -> Cache | None:
+    return result.cache if _cache_flag(asked, default) else None

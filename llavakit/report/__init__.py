@@ -1,0 +1,1 @@
+"""Statistics, plots and pages for reports."""

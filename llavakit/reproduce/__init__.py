@@ -1,0 +1,1 @@
+"""Makes the embedded miniature from seeds: stages, teacher, accuracy table. The only package that composes its L6 siblings."""

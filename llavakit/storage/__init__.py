@@ -1,0 +1,1 @@
+"""Files: tensors by offset, atomic folders, durable journals, hub access."""

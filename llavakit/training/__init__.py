@@ -1,0 +1,1 @@
+"""Training: data, packing, objective, optimiser, state, trainer."""
