@@ -26,7 +26,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     match name:
         case "LLM":
-            from llavakit.engine.llm import LLM as found
+            from llavakit.engine import llm
+
+            return llm.LLM
         case "LlamaForCausalLM" | "LlamaModel" | "LlavaLlamaForCausalLM":
             from llavakit.pretrained import causal_lm
 
@@ -36,13 +38,16 @@ def __getattr__(name: str) -> Any:
 
             return getattr(config, name)
         case "LlamaTokenizer":
-            from llavakit.processing.tokenizer.slow import LlamaTokenizer as found
+            from llavakit.processing.tokenizer import slow
+
+            return slow.LlamaTokenizer
         case "LlavaProcessor":
-            from llavakit.processing.processor import LlavaProcessor as found
+            from llavakit.processing import processor
+
+            return processor.LlavaProcessor
         case "Conversation" | "ImagePart" | "Message" | "SamplingParams" | "TextPart":
             from llavakit import types
 
             return getattr(types, name)
         case _:
             raise AttributeError(f"module 'llavakit' has no attribute {name!r}")
-    return found

@@ -14,7 +14,7 @@ _ROOT = "llavakit"
 
 
 def logger(name: str) -> logging.Logger:
-    """Return the logger of one part of the package, for example logger("checkpoint")."""
+    """Return the logger of one part of the package, named by its folder."""
     return logging.getLogger(f"{_ROOT}.{name}")
 
 

@@ -1,7 +1,7 @@
 """The names that tensors have in files, as tables.
 
 Owns: which prefixes of which layout mean which part of our models, and what is dropped and why.
-Our own names are family A of llava-hf. The four families (transformers 4.36-4.51, 4.52-4.57, 5.x in memory, 5.x fresh saves)
+Our own names are family A of llava-hf, so saving renames nothing. The four families (transformers 4.36-4.51, 4.52-4.57, 5.x in memory, 5.x fresh saves)
 differ only in these prefixes, and files mix them, so one table of longest prefixes reads them all.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llavakit.checkpoint.rules import Drop, Layout, Rename
 
-__all__ = ["LLAMA", "LLAVA_HF"]
+__all__ = ["LLAMA", "LLAMA_DECODER", "LLAVA_HF"]
 
 _DROPS = (
     Drop(r"(.+\.)?rotary_emb\.inv_freq", "rotary frequencies are computed from the config"),
@@ -33,3 +33,8 @@ LLAVA_HF = Layout(
     drops=_DROPS,
 )
 LLAMA = Layout(name="llama", renames=(Rename("model.", "model."), Rename("lm_head.", "lm_head.")), drops=_DROPS)
+LLAMA_DECODER = Layout(
+    name="llama decoder",
+    renames=(Rename("model.", ""), Rename("embed_tokens.", "embed_tokens."), Rename("layers.", "layers."), Rename("norm.", "norm.")),
+    drops=(*_DROPS, Drop(r"lm_head\.weight", "a bare decoder has no head")),
+)

@@ -1,21 +1,24 @@
 """From a checkpoint folder to a model, tensor by tensor.
 
-Owns: load_config (detection by content), load_weights (streaming into a model on the meta device).
+Owns: load_config, load_core, load_weights (streaming into a model on the meta device).
 Invariants: problems of names and shapes are found before any weight is read; at any moment memory holds the model so far and
-one tensor; NaN and infinite weights are refused.
+one tensor; NaN and infinite weights are refused, also those that the target dtype makes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from llavakit.checkpoint.layouts import LLAMA, LLAVA_HF
-from llavakit.checkpoint.rules import plan_load
+from llavakit.checkpoint.detect import Kind, detect_kind, foreign_kind
+from llavakit.checkpoint.layouts import LLAMA, LLAMA_DECODER, LLAVA_HF
+from llavakit.checkpoint.rules import Layout, plan_load
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.storage.documents import read_json
 from llavakit.storage.tensors import TensorFolder
@@ -26,19 +29,16 @@ _FINITE_CHUNK = 1 << 24
 
 
 def load_config(folder: Path) -> LlamaConfig | LlavaConfig:
-    """Read config.json and decide by its content which model it is. Raises: CheckpointError, ConfigError."""
-    values = read_json(folder / "config.json")
-    kind = values.get("model_type")
+    """Read config.json and decide by its content which model it is. Raises: CheckpointError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        kind = foreign_kind([file.name for file in folder.iterdir()] if folder.is_dir() else [])
+        raise CheckpointError(f"{folder} has no config.json" if kind is None else f"{folder} holds {kind}")
+    values = read_json(path)
     try:
-        if kind == "llava" and "text_config" in values:
-            return LlavaConfig.from_dict(values)
-        if kind == "llama":
-            return LlamaConfig.from_dict(values)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    if kind == "llava":
-        raise CheckpointError(f"{folder} is in the original LLaVA layout (no text_config); only the llava-hf layout is read")
-    raise CheckpointError(f"{folder} has model_type {kind!r}; supported are 'llava' (llava-hf) and 'llama'")
+        return LlavaConfig.from_dict(values) if detect_kind(values) is Kind.LLAVA_HF else LlamaConfig.from_dict(values)
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_core(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LlamaCore | LlavaCore:
@@ -55,21 +55,27 @@ def load_weights(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = 
 
     Raises: CheckpointError, before anything is filled where names or shapes are wrong.
     """
-    tensors = TensorFolder(folder)
-    try:
-        tied = _tied_names(model)
-        targets = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
-        layout = LLAVA_HF if isinstance(model, LlavaCore) else LLAMA
-        plan = plan_load(layout, {name: spec.shape for name, spec in tensors.specs.items()}, targets, tied=tied)
+    tied = _tied_names(model)
+    targets = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
+    with TensorFolder(folder) as tensors:
+        plan = plan_load(_layout(model), {name: spec.shape for name, spec in tensors.specs.items()}, targets, tied=tied)
         for source in tensors.in_file_order():
-            if source in plan:
-                tensor = tensors.read(source)
-                _check_finite(tensor, source)
-                _assign(model, plan[source], tensor.to(device=device, dtype=tensor.dtype if dtype is None else dtype))
-    finally:
-        tensors.close()
+            if source in plan and plan[source] not in tied:
+                _set(model, plan[source], nn.Parameter(_read(tensors, source, dtype).to(device)))
+        _check_tied(model, tensors, {source: tied[target] for source, target in plan.items() if target in tied}, dtype)
     for name, owner in tied.items():
         _set(model, name, model.get_parameter(owner))
+
+
+def _layout(model: nn.Module) -> Layout:
+    match model:
+        case LlavaCore():
+            return LLAVA_HF
+        case LlamaCore():
+            return LLAMA
+        case LlamaDecoder():
+            return LLAMA_DECODER
+    raise TypeError(f"no checkpoint layout is known for {type(model).__name__}")
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -83,19 +89,26 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _read(tensors: TensorFolder, name: str, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensors.read(name)
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} is stored as {tensor.dtype}; only floating-point weights are read")
-    _set(model, name, nn.Parameter(tensor))
+    tensor = tensor.to(tensor.dtype if dtype is None else dtype)
+    for chunk in tensor.reshape(-1).split(_FINITE_CHUNK):
+        if not bool(torch.isfinite(chunk).all()):
+            raise CheckpointError(
+                f"tensor {name} holds NaN or infinite values in {tensor.dtype}; the file is damaged, or choose a wider dtype"
+            )
+    return tensor
+
+
+def _check_tied(model: nn.Module, tensors: TensorFolder, owners: Mapping[str, str], dtype: torch.dtype | None) -> None:
+    """Files may store a shared weight twice; both copies must be the same."""
+    for source, owner in owners.items():
+        if not torch.equal(_read(tensors, source, dtype).to(model.get_parameter(owner)), model.get_parameter(owner)):
+            raise CheckpointError(f"{source} differs from {owner}, but the config ties them; set tie_word_embeddings to false to use both")
 
 
 def _set(model: nn.Module, name: str, weight: nn.Parameter) -> None:
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, weight)
-
-
-def _check_finite(tensor: Tensor, name: str) -> None:
-    flat = tensor.reshape(-1)
-    for start in range(0, flat.numel(), _FINITE_CHUNK):
-        if not bool(torch.isfinite(flat[start : start + _FINITE_CHUNK]).all()):
-            raise CheckpointError(f"tensor {name} holds NaN or infinite values; the checkpoint is damaged")

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llavakit.errors import CheckpointError
+from llavakit.logs import logger
 
 __all__ = ["Drop", "Layout", "Rename", "plan_load"]
 
+_LOG = logger("checkpoint")
 _MAX_LISTED = 30
 
 
@@ -49,9 +51,9 @@ class Layout:
         best = max(fits, key=lambda rename: len(rename.source))
         return best.target + name.removeprefix(best.source)
 
-    def is_dropped(self, name: str) -> bool:
-        """Whether a tensor is left out."""
-        return any(re.fullmatch(drop.pattern, name) for drop in self.drops)
+    def drop_reason(self, name: str) -> str | None:
+        """Return why a tensor is left out, or None where it is not."""
+        return next((drop.reason for drop in self.drops if re.fullmatch(drop.pattern, name)), None)
 
 
 def plan_load(
@@ -59,16 +61,18 @@ def plan_load(
 ) -> dict[str, str]:
     """Return source name -> target name for everything that is to be read.
 
-    tied names targets that share the weight of another one: their source may be missing, and is left out when it is there.
+    tied names targets that share the weight of another one: their source may be missing.
     Raises: CheckpointError listing all unexpected, doubled, missing and misshapen tensors.
     """
     plan: dict[str, str] = {}
     problems: list[str] = []
     owners: dict[str, str] = {}
     for source, shape in sources.items():
-        target = layout.target(source)
-        if layout.is_dropped(source) or (target is not None and target in tied):
+        reason = layout.drop_reason(source)
+        if reason is not None:
+            _LOG.debug("left out %s: %s", source, reason)
             continue
+        target = layout.target(source)
         if target is None or target not in targets:
             problems.append(f"unexpected {source} {list(shape)}")
         elif target in owners:

@@ -1,7 +1,7 @@
 """From ids that arrive one by one to text that can be shown at once.
 
 Owns: Detokenizer (never half a character, never a lost space) and StopMatcher (never a piece of a stop string).
-Invariant: the pieces joined equal the text of all ids decoded together, cut at the first stop string.
+Invariant: a detokenizer's pieces joined equal tokenizer.decode_text of all ids; a matcher's equal the text up to the first stop string.
 """
 
 from __future__ import annotations
@@ -13,38 +13,54 @@ from llavakit.processing.tokenizer.slow import LlamaTokenizer
 __all__ = ["Detokenizer", "StopMatcher"]
 
 _REPLACEMENT = "\ufffd"
-_MAX_CHARACTER_BYTES = 4
+_SPACE = "▁"
 
 
 class Detokenizer:
-    """Decode a growing answer; special tokens are not text."""
+    """Decode a growing answer, one id at a time; special tokens are not text."""
 
     def __init__(self, tokenizer: LlamaTokenizer) -> None:
         self._tokenizer = tokenizer
         self._specials = tokenizer.special_ids
-        self._ids: list[int] = []
-        self._start = 0  # decoding from here gives the right spaces
-        self._shown = 0  # ids up to here are shown
+        self._bytes = b""  # the beginning of a character, from byte pieces
+        self._is_first = True  # the first piece with text loses the dummy space
 
     def push(self, index: int) -> str:
         """Take one id and return the text that became certain."""
-        if index in self._specials or index >= self._tokenizer.vocab_size:
+        if index in self._specials or not 0 <= index < self._tokenizer.vocab_size:
             return ""
-        self._ids.append(index)
-        text = self._new_text()
-        is_open = text.endswith(_REPLACEMENT) and len(self._ids) - self._shown < _MAX_CHARACTER_BYTES
-        return "" if is_open else self._show(text)
+        byte = self._tokenizer.byte_value(index)
+        if byte is not None:
+            self._is_first = False
+            self._bytes += bytes((byte,))
+            return self._take_characters()
+        return self.flush() + self._piece_text(self._tokenizer.convert_ids_to_tokens(index))
 
     def flush(self) -> str:
-        """Return what was held back: at the end an unfinished character is replacement characters."""
-        return self._show(self._new_text())
+        """Return what was held back: each byte of an unfinished character is a replacement character."""
+        held, self._bytes = self._bytes, b""
+        return _REPLACEMENT * len(held)
 
-    def _new_text(self) -> str:
-        before = self._tokenizer.sp_model.decode(self._ids[self._start : self._shown])
-        return str(self._tokenizer.sp_model.decode(self._ids[self._start :]))[len(before) :]
+    def _piece_text(self, piece: str) -> str:
+        if self._is_first:
+            self._is_first = False
+            piece = piece.removeprefix(_SPACE)
+        return piece.replace(_SPACE, " ")
 
-    def _show(self, text: str) -> str:
-        self._start, self._shown = self._shown, len(self._ids)
+    def _take_characters(self) -> str:
+        """Decode the held bytes as sentencepiece does, one replacement character per bad byte; keep an unfinished character."""
+        text = ""
+        while self._bytes:
+            try:
+                text += self._bytes.decode()
+                self._bytes = b""
+            except UnicodeDecodeError as error:
+                text += self._bytes[: error.start].decode()
+                self._bytes = self._bytes[error.start :]
+                if error.end == error.start + len(self._bytes) and error.reason == "unexpected end of data":
+                    return text
+                text += _REPLACEMENT
+                self._bytes = self._bytes[1:]
         return text
 
 
@@ -58,23 +74,26 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """Take a piece and return what may be shown; after a stop string nothing more is."""
-        if self.is_stopped or not self._stops:
-            return "" if self.is_stopped else text
+        if self.is_stopped:
+            return ""
         self._held += text
         found = [position for stop in self._stops if (position := self._held.find(stop)) >= 0]
         if found:
             self.is_stopped = True
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        keep = max(self._open_length(stop) for stop in self._stops)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown
+            return self._take(min(found), rest="")
+        num_open = max((self._open_length(stop) for stop in self._stops), default=0)
+        cut = len(self._held) - num_open
+        return self._take(cut, rest=self._held[cut:])
 
     def flush(self) -> str:
         """Return what was held back, when no more text comes."""
-        shown, self._held = self._held, ""
+        return self._take(len(self._held), rest="")
+
+    def _take(self, cut: int, *, rest: str) -> str:
+        shown, self._held = self._held[:cut], rest
         return shown
 
     def _open_length(self, stop: str) -> int:
         """Length of the longest end of the held text that begins the stop string."""
-        return next((length for length in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:length])), 0)
+        longest = min(len(stop) - 1, len(self._held))
+        return next((length for length in range(longest, 0, -1) if self._held.endswith(stop[:length])), 0)

@@ -28,7 +28,8 @@ from llavakit.world.truth import scene_truth
 __all__ = ["Condition", "Mark", "Score", "examine", "scores"]
 
 Condition = Literal["plain", "held_out", "jpeg", "wide", "shuffled"]
-"""plain: a square PNG; held_out: with a colour-shape pair that no stage saw; jpeg: a 640x480 JPEG; wide: inside a wider picture; shuffled: another scene's picture."""
+"""How a scene is shown: plain as a square PNG, held_out with a colour-shape pair that no stage saw, jpeg as a 640x480 JPEG,
+wide inside a wider picture, shuffled as another scene's picture."""
 
 _LOG = logger("reproduce")
 _FIRST_SEED = 1 << 60  # training draws its scenes from seeds far below

@@ -84,18 +84,18 @@ def miniature_stages(*, scale: float = 1.0, num_scenes: int = 5000) -> list[Stag
     return [
         Stage("vocabulary", {"pieces": _PIECES, "seed": _SEED}, (), _train_vocabulary),
         _training_stage("tower", (), _train_tower, _Training(run=_run(3600, 2e-3, scale), batch_size=24, stream=1)),
-        _training_stage("language", ("vocabulary",), _train_language, _Training(run=_run(1200, 2e-3, scale), batch_size=12, stream=2)),
+        _training_stage("language", ("vocabulary",), _train_language, _Training(run=_run(700, 2e-3, scale), batch_size=12, stream=2)),
         _training_stage(
             "align",
             ("vocabulary", "tower", "language"),
             _train_align,
-            _Training(run=_run(800, 2e-3, scale, (projector,)), batch_size=16, stream=3),
+            _Training(run=_run(400, 2e-3, scale, (projector,)), batch_size=16, stream=3),
         ),
         _training_stage(
             "instruct",
             ("vocabulary", "align"),
             _train_instruct,
-            _Training(run=_run(5000, 1e-3, scale, (projector, language_model)), batch_size=12, stream=4),
+            _Training(run=_run(2600, 1.5e-3, scale, (projector, language_model)), batch_size=12, stream=4),
         ),
         Stage("export", {}, ("vocabulary", "instruct"), _export),
         Stage("examine", {"scenes": num_scenes}, ("export", *_TRAINED), functools.partial(_examine, num_scenes)),

@@ -131,7 +131,7 @@ class TowerTrainer(nn.Module):
         """Sum the losses of all patches and heads; the weight is the number of patches."""
         pixels = batch.pixels_N3SS if dtype is None else batch.pixels_N3SS.to(dtype)
         states = self.vision_tower.hidden_states(pixels, self.num_layers)[-2:]
-        total, metrics = torch.zeros(()), {}
+        total, metrics = torch.zeros(()), dict[str, Tensor]()
         for head, state in zip(reversed(self.heads), reversed(states), strict=True):
             loss, metrics = _dense_loss(head(state[:, 1:].float()), batch)
             total = total + loss

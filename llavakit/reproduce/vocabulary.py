@@ -17,14 +17,12 @@ from llavakit.world.truth import captions, scene_truth
 
 __all__ = ["train_tokenizer"]
 
-_NUM_SCENES = 6000
 
-
-def train_tokenizer(vocab_size: int, system: str, seed: int) -> bytes:
+def train_tokenizer(vocab_size: int, system: str, seed: int, *, num_scenes: int = 6000) -> bytes:
     """Train and return the serialized sentencepiece model; the same arguments give the same bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_corpus(system, seed),
+        sentence_iterator=_corpus(system, seed, num_scenes),
         model_writer=model,
         vocab_size=vocab_size,
         model_type="bpe",
@@ -42,9 +40,9 @@ def train_tokenizer(vocab_size: int, system: str, seed: int) -> bytes:
     return model.getvalue()
 
 
-def _corpus(system: str, seed: int) -> Iterator[str]:
+def _corpus(system: str, seed: int, num_scenes: int) -> Iterator[str]:
     rng = random.Random(seed)
-    for _ in range(_NUM_SCENES):
+    for _ in range(num_scenes):
         truth = scene_truth(draw_scene(rng))
         yield system
         yield from captions(truth, rng)

@@ -48,9 +48,14 @@ def read_optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def json_bytes(values: Any) -> bytes:
+    """Return indented JSON in UTF-8 with a final newline."""
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, values: Any) -> None:
-    """Write indented JSON with a final newline."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write json_bytes to a file."""
+    path.write_bytes(json_bytes(values))
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class TensorFile:
         spec = self.specs[name]
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         if spec.num_bytes:
-            _read_into(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), self.path, self._descriptor, spec.start)
+            _read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, self.path, self._descriptor, spec.start)
         return tensor
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ def _write_shard(path: Path, specs: Mapping[str, tuple[torch.dtype, Sequence[int
             if tensor is None or got != name or tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
                 raise CheckpointError(f"expected tensor {name!r} {dtype} {list(shape)}, got {got!r}")
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:

@@ -98,7 +98,8 @@ class _Loop:
         config, parameters = self.config, list(self.state.parameters.values())
         lr = config.optim.lr * lr_scale(config.optim, self.state.step, config.steps)
         set_lr(self.state.optimizers, lr)
-        total, weight, counters = 0.0, 0, {}
+        total, weight = 0.0, 0
+        counters: dict[str, int] = {}
         self.wait_s = 0.0
         for _ in range(config.microbatches):
             asked = time.monotonic()

@@ -204,14 +204,14 @@ def _compare(truth: Truth, rng: random.Random) -> Question | None:
     if first.many == second.many or not (first.boxes or second.boxes):
         return None
     more, fewer = len(first.boxes) > len(second.boxes), len(first.boxes) < len(second.boxes)
-    form, is_true = rng.choice(
-        (
-            ("Are there more {} than {}?", more),
-            ("Do you see more {} than {}?", more),
-            ("Are there fewer {} than {}?", fewer),
-            ("Are there as many {} as {}?", not more and not fewer),
-        )
+    forms = (
+        ("Are there more {} than {}?", more),
+        ("Do you see more {} than {}?", more),
+        ("Are there fewer {} than {}?", fewer),
+        ("Are there as many {} as {}?", not more and not fewer),
     )
+    wanted = rng.random() < 0.5
+    form, is_true = rng.choice([form for form in forms if form[1] == wanted])
     key = "yes" if is_true else "no"
     return Question("compare", form.format(first.many, second.many), f"{_tally(first)} {_tally(second)} So {key}.", key)
 

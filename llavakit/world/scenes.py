@@ -24,6 +24,7 @@ __all__ = [
     "Backdrop",
     "Kind",
     "Panel",
+    "Pattern",
     "Scene",
     "Thing",
     "draw_scene",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 Kind = Literal["shape", "digit", "letter", "word"]
+
+Pattern = Literal["plain", "gradient", "stripes", "checks", "noise"]
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -45,6 +48,7 @@ HELD_OUT = frozenset(zip(COLORS, ("star", "ring", "triangle", "cross", "circle",
 """Colour-shape pairs that no training stage sees."""
 MAX_THINGS = 8
 
+_PATTERNS: tuple[Pattern, ...] = ("plain", "gradient", "stripes", "checks", "noise")
 _GAP = 0.02
 _TRIES = 60
 
@@ -74,7 +78,7 @@ class Thing:
 class Backdrop:
     """A background: two colours, a pattern and its seed."""
 
-    pattern: Literal["plain", "gradient", "stripes", "checks", "noise"]
+    pattern: Pattern
     first: tuple[int, int, int]
     second: tuple[int, int, int]
     seed: int
@@ -176,7 +180,7 @@ def _draw_backdrop(rng: random.Random) -> Backdrop:
     first = _draw_tone(rng)
     shift = rng.randint(-22, 22)
     second = (first[0] + shift, first[1] + shift, first[2] + shift)
-    pattern = rng.choice(("plain", "gradient", "stripes", "checks", "noise"))
+    pattern = rng.choice(_PATTERNS)
     return Backdrop(pattern, first, second, rng.getrandbits(31))
 
 

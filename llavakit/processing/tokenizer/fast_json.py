@@ -11,11 +11,18 @@ from collections.abc import Mapping
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
+from llavakit.errors import CheckpointError
+
 __all__ = ["tokenizer_json"]
 
 
-def tokenizer_json(sp_model: sentencepiece.SentencePieceProcessor, added_tokens: Mapping[str, int]) -> str:
-    """Build the text of tokenizer.json in the form that Llama-2's has: prepend, byte fallback, bos by template."""
+def tokenizer_json(
+    sp_model: sentencepiece.SentencePieceProcessor, added_tokens: Mapping[str, int], *, add_bos: bool = True, add_eos: bool = False
+) -> str:
+    """Build the text of tokenizer.json in the form that Llama-2's has: prepend, byte fallback, bos and eos by template.
+
+    Raises: CheckpointError when the added tokens' ids leave gaps, which this file cannot express.
+    """
     pieces = [sp_model.id_to_piece(index) for index in range(sp_model.vocab_size())]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     unk, bos, eos = (pieces[index] for index in (sp_model.unk_id(), sp_model.bos_id(), sp_model.eos_id()))
@@ -23,11 +30,16 @@ def tokenizer_json(sp_model: sentencepiece.SentencePieceProcessor, added_tokens:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    head, tail = ([f"{bos}:%d"] if add_bos else []), ([f"{eos}:%d"] if add_eos else [])
+    single, second = (" ".join((*head, f"{name}:%d", *tail)).replace("%d", kind) for name, kind in (("$A", "0"), ("$B", "1")))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, sp_model.bos_id())]
+        single=single, pair=f"{single} {second}", special_tokens=[(bos, sp_model.bos_id()), (eos, sp_model.eos_id())]
     )
-    ordered = [token for token, _ in sorted(added_tokens.items(), key=lambda item: item[1])]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (unk, bos, eos, *ordered)])
+    ordered = sorted(added_tokens.items(), key=lambda item: item[1])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (unk, bos, eos, *(token for token, _ in ordered))])
+    for token, index in ordered:
+        if tokenizer.token_to_id(token) != index:
+            raise CheckpointError(f"added token {token!r} has id {index}; ids of added tokens must follow the {len(pieces)} pieces without a gap")
     return str(tokenizer.to_str(pretty=True))
 
 

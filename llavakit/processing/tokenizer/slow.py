@@ -226,7 +226,10 @@ class LlamaTokenizer:
         return int(self.sp_model.id_to_piece(index)[1:-1], 16) if self.sp_model.is_byte(index) else None
 
     def decode(self, ids: Iterable[int] | int, *, skip_special_tokens: bool = False) -> str:
-        """Turn ids into text as the slow legacy tokenizer does, its spaces before special tokens included. Raises: InputError."""
+        """Turn ids into text as the slow legacy tokenizer does, its spaces around special and added tokens included.
+
+        Raises: InputError for an id outside the vocabulary.
+        """
         roles = {self.bos_token, self.eos_token, self.unk_token, self._pad_token}
         specials = self.special_ids
         parts: list[str] = []
@@ -240,7 +243,7 @@ class LlamaTokenizer:
                 tokens = []
             else:
                 tokens.append(token)
-        return "".join((*parts, self.convert_tokens_to_string(tokens)))
+        return " ".join(part for part in (*parts, self.convert_tokens_to_string(tokens)) if part)
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """Join pieces into text; bos, eos, unk and pad are spelled out, each first stretch before one is preceded by a space."""
@@ -275,8 +278,8 @@ class LlamaTokenizer:
             padding_side="left" if config.get("padding_side") == "left" else "right",
         )
         tokenizer._add_listed(folder, config)
-        for role in ("bos_token", "eos_token", "unk_token"):
-            named, own = _token_text(config.get(role)), getattr(tokenizer, role)
+        for role, own in (("bos_token", tokenizer.bos_token), ("eos_token", tokenizer.eos_token), ("unk_token", tokenizer.unk_token)):
+            named = _token_text(config.get(role))
             if named not in (None, own):
                 raise CheckpointError(f"{folder}/tokenizer_config.json makes {named!r} the {role}; its sentencepiece model has {own!r}")
         pad = _token_text(config.get("pad_token"))
@@ -333,7 +336,9 @@ class LlamaTokenizer:
             (folder / name).write_bytes(data)
 
     def save_vocabulary(self, save_directory: str | Path, filename_prefix: str | None = None) -> tuple[str]:
-        """Write the sentencepiece model as [prefix-]tokenizer.model and return its path."""
+        """Write the sentencepiece model as [prefix-]tokenizer.model into an existing folder and return its path. Raises: InputError."""
+        if not Path(save_directory).is_dir():
+            raise InputError(f"{save_directory} is not a folder; make it first")
         path = Path(save_directory) / (_MODEL_NAME if filename_prefix is None else f"{filename_prefix}-{_MODEL_NAME}")
         path.write_bytes(self._proto)
         return (str(path),)

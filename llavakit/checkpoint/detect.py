@@ -1,0 +1,61 @@
+"""Which kind of checkpoint a folder holds.
+
+Owns: detect_kind, which decides by the keys of config.json and the names of the files; the folder's own name means nothing.
+Refuses: guessing. A known kind that is not read here is named in the error, with the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from enum import StrEnum
+from typing import Any
+
+from llavakit.errors import CheckpointError
+from llavakit.logs import logger
+
+__all__ = ["Kind", "detect_kind", "foreign_kind"]
+
+_LOG = logger("checkpoint")
+
+
+class Kind(StrEnum):
+    """The kinds that are read."""
+
+    LLAVA_HF = "llava-hf"
+    LLAMA = "llama"
+
+
+def detect_kind(values: Mapping[str, Any]) -> Kind:
+    """Decide by the keys of config.json. Raises: CheckpointError naming what it is instead."""
+    if "auto_map" in values:
+        _LOG.warning("config.json names code in the checkpoint (auto_map); code of checkpoints is never run")
+    if "quantization_config" in values:
+        raise CheckpointError(f"the weights are quantised ({_method(values['quantization_config'])}); only float weights are read")
+    match values.get("model_type"):
+        case "llava" if "text_config" in values:
+            return Kind.LLAVA_HF
+        case "llama":
+            return Kind.LLAMA
+        case "llava" | "llava_llama" if any(key.startswith("mm_") for key in values):
+            raise CheckpointError("this is the original LLaVA layout (mm_* keys, no text_config); use its llava-hf version")
+        case "llava":
+            raise CheckpointError("model_type is 'llava' but there is neither text_config (llava-hf) nor mm_* keys (original LLaVA)")
+        case kind:
+            raise CheckpointError(f"model_type is {kind!r}; 'llava' (llava-hf layout) and 'llama' are read")
+
+
+def foreign_kind(files: Collection[str]) -> str | None:
+    """Name what a folder without config.json holds, by its file names; None where nothing is known."""
+    if "adapter_config.json" in files:
+        return "a PEFT adapter, not a whole model; merge it into its base model first"
+    if "params.json" in files and any(name.startswith("consolidated.") for name in files):
+        return "Meta's own layout; convert it to the Hugging Face layout first"
+    if any(name.endswith(".gguf") for name in files):
+        return "a GGUF file; use the safetensors version of the model"
+    if "mm_projector.bin" in files:
+        return "the projector of a LLaVA pre-training alone, not a whole model"
+    return None
+
+
+def _method(quantization: object) -> object:
+    return quantization.get("quant_method", "unknown method") if isinstance(quantization, Mapping) else quantization
