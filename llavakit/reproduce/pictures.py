@@ -6,13 +6,13 @@ Invariant: picture(seed) is a pure function.
 
 from __future__ import annotations
 
-import io
 import random
 from dataclasses import dataclass
 from typing import Literal
 
 from PIL import Image
 
+from llavakit.processing.image import decode_image
 from llavakit.world.render import render, to_jpeg
 from llavakit.world.scenes import Scene, draw_scene, inset
 
@@ -52,6 +52,5 @@ def draw_picture(rng: random.Random, *, form: Form | None = None, short_side_px:
         height = round(width / scene.aspect)
     image = render(scene, width, height)
     if rng.random() < 0.25:
-        image = Image.open(io.BytesIO(to_jpeg(image, quality=rng.randint(70, 95))))
-        image.load()
+        image = decode_image(to_jpeg(image, quality=rng.randint(70, 95)))
     return Picture(scene, image)
