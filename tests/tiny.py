@@ -1,25 +1,61 @@
 """Tiny random models and checkpoints: the one place where tests make them.
 
-Variants cover grouped and plain heads, tied and untied heads. transformers makes the oracle's twin from the same config.
+Variants cover plain, grouped and single key-value heads, tied and untied heads. Weights have unit scale (not 0.02), so that
+logits are far from zero and a mistake in any part shows. transformers makes the oracle's twin from the same config; it is
+imported only where an oracle is asked for.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from transformers import LlamaConfig as HfLlamaConfig
-from transformers import LlamaForCausalLM as HfLlama
-from transformers import LlavaConfig as HfLlavaConfig
-from transformers import LlavaForConditionalGeneration as HfLlava
 
-from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.checkpoint.hf import save_folder
+from llavakit.checkpoint.layouts import LLAMA, LLAVA_HF
+from llavakit.checkpoint.rules import Layout
+from llavakit.model.config import ClipVisionConfig, LlamaConfig, LlavaConfig
+from llavakit.pretrained.causal_lm import LlamaForCausalLM, LlavaLlamaForCausalLM
+from llavakit.processing.chat import TEMPLATES
+from llavakit.processing.image import ImageProcessor
+from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.tokenizer.slow import LlamaTokenizer
+from llavakit.reproduce.vocabulary import train_tokenizer
 
-__all__ = ["VARIANTS", "Variant", "hf_llama", "hf_llava", "llama_config", "llava_config"]
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM as HfLlama
+    from transformers import LlavaForConditionalGeneration as HfLlava
 
-VOCAB = 160
-IMAGE_TOKEN = 150
+__all__ = [
+    "IMAGE_TOKEN",
+    "NUM_IMAGE_TOKENS",
+    "NUM_PIECES",
+    "PAD_TOKEN",
+    "SIDE",
+    "VARIANTS",
+    "VOCAB",
+    "Variant",
+    "copy_weights",
+    "hf_llama",
+    "hf_llava",
+    "llama",
+    "llama_config",
+    "llava",
+    "llava_config",
+    "processor",
+    "save_llava",
+    "scale_weights",
+]
+
+NUM_PIECES = 352
+"""Pieces of the tiny tokenizer."""
+IMAGE_TOKEN, PAD_TOKEN = NUM_PIECES, NUM_PIECES + 1
+VOCAB = 384
+SIDE, PATCH = 28, 7
+NUM_IMAGE_TOKENS = (SIDE // PATCH) ** 2
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
 
@@ -53,36 +89,80 @@ def llama_config(variant: Variant = VARIANTS[1]) -> LlamaConfig:
 
 def llava_config(variant: Variant = VARIANTS[1]) -> LlavaConfig:
     """Configure a LLaVA with a three-layer tower of width 32 on 28-pixel pictures (16 image tokens)."""
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 7,
-    }
+    vision = ClipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE, patch_size=PATCH
+    )
     return LlavaConfig(
         text_config=llama_config(variant), vision_config=vision, image_token_index=IMAGE_TOKEN, tie_word_embeddings=variant.is_tied
     )
 
 
+def llama(variant: Variant = VARIANTS[1]) -> LlamaForCausalLM:
+    """Build our language model with random weights of unit scale."""
+    return scale_weights(LlamaForCausalLM(llama_config(variant)), variant.seed).eval()
+
+
+def llava(variant: Variant = VARIANTS[1]) -> LlavaLlamaForCausalLM:
+    """Build our LLaVA with random weights of unit scale."""
+    return scale_weights(LlavaLlamaForCausalLM(llava_config(variant)), variant.seed).eval()
+
+
 def hf_llama(variant: Variant = VARIANTS[1]) -> HfLlama:
-    """Build the oracle's decoder with random weights of unit scale, so that logits are far from zero."""
-    torch.manual_seed(variant.seed)
-    model = HfLlama._from_config(HfLlamaConfig(**llama_config(variant).to_dict()), attn_implementation="eager")
-    return _scaled(model).eval()
+    """Build the oracle's language model with random weights of unit scale."""
+    from transformers import LlamaConfig as HfLlamaConfig
+    from transformers import LlamaForCausalLM as HfLlama
+
+    config = HfLlamaConfig(**llama_config(variant).to_dict())
+    return scale_weights(HfLlama._from_config(config, attn_implementation="eager"), variant.seed).eval()
 
 
 def hf_llava(variant: Variant = VARIANTS[1]) -> HfLlava:
-    """Build the oracle's LLaVA with random weights."""
-    torch.manual_seed(variant.seed)
-    model = HfLlava._from_config(HfLlavaConfig(**llava_config(variant).to_dict()), attn_implementation="eager")
-    return _scaled(model).eval()
+    """Build the oracle's LLaVA with random weights of unit scale."""
+    from transformers import LlavaConfig as HfLlavaConfig
+    from transformers import LlavaForConditionalGeneration as HfLlava
+
+    config = HfLlavaConfig(**llava_config(variant).to_dict())
+    return scale_weights(HfLlava._from_config(config, attn_implementation="eager"), variant.seed).eval()
 
 
-def _scaled(model: _Model) -> _Model:
+def copy_weights(oracle: torch.nn.Module, ours: _Model, layout: Layout | None = None) -> _Model:
+    """Give our model the oracle's weights, renamed as a checkpoint's would be; layout None chooses by the model's class."""
+    if layout is None:
+        layout = LLAVA_HF if isinstance(ours, LlavaLlamaForCausalLM) else LLAMA
+    ours.load_state_dict({layout.target(name) or name: weight for name, weight in oracle.state_dict().items()})
+    return ours
+
+
+def scale_weights(model: _Model, seed: int = 0) -> _Model:
+    """Draw all matrices anew with unit scale: embeddings with variance 1, products that keep the variance."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
-                weight.normal_(0.0, weight.shape[-1] ** -0.5 if weight.shape[0] != VOCAB else 1.0)
+                weight.normal_(0.0, 1.0 if weight.shape[0] == VOCAB else weight[0].numel() ** -0.5, generator=generator)
     return model
+
+
+def processor(template: str = "v1") -> LlavaProcessor:
+    """Build the tiny models' processor, with a tokenizer trained on the miniature's world."""
+    tokenizer = LlamaTokenizer(_tokenizer_model(), added_tokens={"<image>": IMAGE_TOKEN, "<pad>": PAD_TOKEN}, pad_token="<pad>")
+    return LlavaProcessor(
+        tokenizer=tokenizer,
+        image_processor=ImageProcessor(size_px=SIDE, crop_px=SIDE, aspect="pad"),
+        template=TEMPLATES[template],
+        image_token_id=IMAGE_TOKEN,
+        patch_size=PATCH,
+    )
+
+
+def save_llava(folder: Path, variant: Variant = VARIANTS[1]) -> Path:
+    """Save a tiny LLaVA with its processor, a complete checkpoint; returns the folder."""
+    save_folder(llava(variant), folder, processor=processor())
+    return folder
+
+
+@functools.cache
+def _tokenizer_model() -> bytes:
+    system = TEMPLATES["v1"].system
+    assert system is not None
+    return train_tokenizer(NUM_PIECES, system, seed=0, num_scenes=20)

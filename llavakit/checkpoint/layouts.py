@@ -1,8 +1,8 @@
 """The names that tensors have in files, as tables.
 
 Owns: which prefixes of which layout mean which part of our models, and what is dropped and why.
-Our own names are family A of llava-hf, so saving renames nothing. The four families (transformers 4.36-4.51, 4.52-4.57, 5.x in memory, 5.x fresh saves)
-differ only in these prefixes, and files mix them, so one table of longest prefixes reads them all.
+Our own names are family A of llava-hf, so saving renames nothing. The four families (transformers 4.36-4.51, 4.52-4.57, 5.x in
+memory, 5.x fresh saves) differ only in these prefixes, and files mix them, so one table of longest prefixes reads them all.
 """
 
 from __future__ import annotations

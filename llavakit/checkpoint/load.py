@@ -7,6 +7,7 @@ one tensor; NaN and infinite weights are refused, also those that the target dty
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,8 +25,6 @@ from llavakit.storage.documents import read_json
 from llavakit.storage.tensors import TensorFolder
 
 __all__ = ["load_config", "load_core", "load_weights"]
-
-_FINITE_CHUNK = 1 << 24
 
 
 def load_config(folder: Path) -> LlamaConfig | LlavaConfig:
@@ -94,12 +93,17 @@ def _read(tensors: TensorFolder, name: str, dtype: torch.dtype | None) -> Tensor
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} is stored as {tensor.dtype}; only floating-point weights are read")
     tensor = tensor.to(tensor.dtype if dtype is None else dtype)
-    for chunk in tensor.reshape(-1).split(_FINITE_CHUNK):
-        if not bool(torch.isfinite(chunk).all()):
-            raise CheckpointError(
-                f"tensor {name} holds NaN or infinite values in {tensor.dtype}; the file is damaged, or choose a wider dtype"
-            )
+    if not _is_finite(tensor):
+        raise CheckpointError(f"tensor {name} holds NaN or infinite values in {tensor.dtype}; the file is damaged, or choose a wider dtype")
     return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite. One pass, no copy: a NaN anywhere is both the smallest and the largest value."""
+    if tensor.numel() == 0:
+        return True
+    smallest, largest = torch.aminmax(tensor)
+    return math.isfinite(smallest.item()) and math.isfinite(largest.item())
 
 
 def _check_tied(model: nn.Module, tensors: TensorFolder, owners: Mapping[str, str], dtype: torch.dtype | None) -> None:

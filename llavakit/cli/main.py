@@ -6,13 +6,14 @@ Owns: the table. Invariant: `llava --help` imports no command, so neither torch 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from cyclopts import App
 
 from llavakit import __version__
 from llavakit.cli.exits import run_command
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 _COMMANDS = (
     ("ask", "Ask a question about a picture."),
@@ -25,7 +26,11 @@ _COMMANDS = (
 
 def _app() -> App:
     app = App(
-        name="llava", help="LLaVA: ask pictures questions, train and study the model.", version=__version__, result_action="return_value"
+        name="llava",
+        help="LLaVA: ask pictures questions, train and study the model.",
+        version=__version__,
+        result_action="return_value",
+        suppress_keyboard_interrupt=False,
     )
     for name, summary in _COMMANDS:
         app.command(f"llavakit.cli.{name}:{name}", name=name, help=summary)
@@ -34,5 +39,10 @@ def _app() -> App:
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
     app = _app()
-    sys.exit(run_command(lambda: app(exit_on_error=False, print_error=False)))
+    return run_command(lambda: app(arguments, exit_on_error=False, print_error=False))

@@ -47,9 +47,9 @@ class LLM:
         device: str = "auto",
         max_batch: int = 32,
     ) -> Self:
-        """Load a folder or hub id; without one the embedded miniature. auto picks CUDA where there is one, and the files' dtype
-        (bfloat16 for float16 files on a CPU, which is slow in float16).
+        """Load a folder or hub id; without one the embedded miniature.
 
+        auto picks CUDA where there is one, and the files' dtype (bfloat16 for float16 files on a CPU, which is slow in float16).
         Raises: CheckpointError, ConfigError.
         """
         folder = resolve_model(model)

@@ -1,8 +1,8 @@
 """The dtype rule of the whole project in one place: a weight is cast to its input's dtype where it is used.
 
 Owns: Linear, RMSNorm, LayerNorm, Embedding. They come uninitialised: surgery.init_weights fills a fresh model, a checkpoint
-fills a loaded one, and nothing is computed twice (or on the meta device, which would import a compiler). Trainable weights may be float32 while activations are bfloat16; there is no autocast.
-The casts cost nothing when the dtypes agree.
+fills a loaded one, and nothing is computed twice (or on the meta device, which would import a compiler). Trainable weights may be
+float32 while activations are bfloat16; there is no autocast. The casts cost nothing when the dtypes agree.
 """
 
 from __future__ import annotations

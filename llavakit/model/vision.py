@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from llavakit.errors import InputError
 from llavakit.model.config import ClipVisionConfig
 from llavakit.model.linear import Embedding, LayerNorm, Linear
+from llavakit.ops.attention import fused_attention
 
 __all__ = ["ClipVisionTower"]
 
@@ -55,7 +56,7 @@ class TowerAttention(nn.Module):
     def forward(self, x_NPD: Tensor) -> Tensor:
         """Attend among the patches of each picture."""
         q, k, v = (proj(x_NPD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+        return self.out_proj(fused_attention(q, k, v).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
 
 class QuickGeluMlp(nn.Module):

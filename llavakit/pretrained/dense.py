@@ -83,7 +83,7 @@ def run_dense(forward_packed: Callable[[Tensor, Tensor, Attention, list[Tensor] 
     h_TD = forward_packed(given.x_BSD.flatten(0, 1), positions_T, attn, taps)
 
     def batched(x_TD: Tensor) -> Tensor:
-        return x_TD.unflatten(0, (num_rows, num_new))
+        return x_TD.reshape(num_rows, num_new, -1)
 
     return DenseResult(
         batched(h_TD),

@@ -32,7 +32,9 @@ def wilson_interval(right: int, total: int) -> Interval:
     center = share + _Z**2 / (2 * total)
     spread = _Z * math.sqrt(share * (1 - share) / total + _Z**2 / (4 * total**2))
     scale = 1 + _Z**2 / total
-    return Interval(max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale))
+    low = 0.0 if right == 0 else (center - spread) / scale  # exact where rounding would not be
+    high = 1.0 if right == total else (center + spread) / scale
+    return Interval(low, high)
 
 
 def bootstrap_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> Interval:

@@ -46,5 +46,6 @@ class Page:
 
     def to_html(self) -> str:
         """Return the whole document."""
-        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(self._title)}</title><style>{_STYLE}</style>'
+        title = f"<title>{html.escape(self._title)}</title><style>{_STYLE}</style>"
+        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">{title}'
         return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(self._parts) + "\n</body></html>\n"

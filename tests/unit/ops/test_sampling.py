@@ -1,0 +1,41 @@
+"""Sampling: the filters against transformers', the draw against its distribution."""
+
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from llavakit.ops.sampling import sample, token_probabilities
+from llavakit.types import SamplingParams
+
+
+def logits(seed: int) -> torch.Tensor:
+    return torch.randn(50, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.9, 10, 0.5), (1.0, 0, 0.01)])
+def test_probabilities_equal_transformers(temperature: float, top_k: int, top_p: float) -> None:
+    for seed in range(10):
+        scores = logits(seed)[None]
+        expected = TemperatureLogitsWarper(temperature)(None, scores)
+        expected = TopKLogitsWarper(top_k)(None, expected) if top_k else expected
+        expected = TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
+        found = token_probabilities(logits(seed), SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
+        assert found.equal(expected.softmax(-1)[0])
+
+
+def test_greedy_takes_the_most_likely() -> None:
+    assert sample(torch.tensor([0.0, 3.0, 1.0]), SamplingParams(), torch.Generator()) == 1
+
+
+def test_draws_follow_the_distribution() -> None:
+    params, generator = SamplingParams(temperature=1.0), torch.Generator().manual_seed(0)
+    scores = torch.tensor([0.0, 1.0, 2.0])
+    draws = torch.tensor([sample(scores, params, generator) for _ in range(4000)])
+    shares = torch.bincount(draws, minlength=3) / 4000
+    assert torch.allclose(shares, scores.softmax(-1), atol=0.03)  # four standard deviations
+
+
+def test_a_seed_fixes_the_draws() -> None:
+    params = SamplingParams(temperature=1.0)
+    rows = [[sample(logits(1), params, generator) for _ in range(20)] for generator in (torch.Generator().manual_seed(5) for _ in range(2))]
+    assert rows[0] == rows[1]
