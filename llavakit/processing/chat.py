@@ -1,25 +1,27 @@
 """Chat templates: from a conversation to segments, and from segments to ids with their loss mask.
 
-Owns: the templates v1, v1_hf and plain, and encode_segments, which builds ids and mask together, segment by segment.
+Owns: the templates v1, v1_hf and plain, their choice by a checkpoint's own template text, and encode_segments, which builds ids
+and mask together, segment by segment.
 Invariants: image slots come only from ImagePart, end tokens only from the template; whatever a person typed stays text.
-Sources: LLaVA's conversation templates and tokenizer_image_token (ids equal for ordinary conversations); llava-hf's chat template.
+Sources: LLaVA's conversation templates and tokenizer_image_token (ids equal for ordinary conversations).
+Deviation: v1_hf is llava-hf's prompt (no system line), but answers of the history end with the end token, as the weights were
+trained, where llava-hf's file puts a space.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from llavakit.errors import PromptError
+from llavakit.errors import CheckpointError, PromptError
 from llavakit.types import Conversation, Message
 
-__all__ = ["TEMPLATES", "ChatTemplate", "EncodedChat", "Segment", "encode_segments", "jinja_text"]
+__all__ = ["TEMPLATES", "ChatTemplate", "EncodedChat", "Segment", "encode_segments", "jinja_text", "template_of_jinja"]
 
-_V1_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)  # the system prompt that LLaVA-1.5 was trained with
+_V1_OPENING = "A chat between a curious user and an artificial intelligence assistant. "
+_V1_SYSTEM = f"{_V1_OPENING}The assistant gives helpful, detailed, and polite answers to the user's questions."
+"""The system line that LLaVA-1.5 was trained with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,10 @@ class Segment:
     is_supervised: bool = False
 
 
+class _Render(Protocol):
+    def __call__(self, template: ChatTemplate, conversation: Conversation, *, add_generation_prompt: bool) -> list[Segment]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
     """How a model was taught to see conversations."""
@@ -38,7 +44,7 @@ class ChatTemplate:
     name: str
     system: str | None
     """System text used where the conversation has none of its own."""
-    render: Callable[[ChatTemplate, Conversation, bool], list[Segment]]
+    render: _Render
 
     def segments(self, conversation: Conversation, *, add_generation_prompt: bool) -> list[Segment]:
         """Cut a conversation into segments; with add_generation_prompt the last message must be the user's.
@@ -47,7 +53,7 @@ class ChatTemplate:
         """
         if add_generation_prompt and conversation.messages[-1].role != "user":
             raise PromptError("the last message must be from the user for the model to answer it")
-        return self.render(self, conversation, add_generation_prompt)
+        return self.render(self, conversation, add_generation_prompt=add_generation_prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,8 @@ def encode_segments(
 ) -> EncodedChat:
     """Concatenate bos and the segments' ids; the i-th picture takes slots[i] positions."""
     ids, mask = [bos_id], [False]
-    images = iter(slots)
+    lengths = iter(slots)
+    part: Sequence[int]
     for segment in segments:
         match segment.kind:
             case "text":
@@ -71,13 +78,13 @@ def encode_segments(
             case "eos":
                 part = (eos_id,)
             case "image":
-                part = (image_id,) * next(images)
+                part = (image_id,) * next(lengths)
         ids += part
         mask += [segment.is_supervised] * len(part)
     return EncodedChat(tuple(ids), tuple(mask))
 
 
-def _render_v1(template: ChatTemplate, conversation: Conversation, add_generation_prompt: bool) -> list[Segment]:
+def _render_v1(template: ChatTemplate, conversation: Conversation, *, add_generation_prompt: bool) -> list[Segment]:
     messages = conversation.messages
     system = template.system
     if messages[0].role == "system":
@@ -104,10 +111,12 @@ def _open_turn(segments: list[Segment], pending: str, message: Message) -> str:
     return pending + message.text
 
 
-def _render_plain(template: ChatTemplate, conversation: Conversation, add_generation_prompt: bool) -> list[Segment]:
+def _render_plain(template: ChatTemplate, conversation: Conversation, *, add_generation_prompt: bool) -> list[Segment]:
     messages = conversation.messages
-    if len(messages) != 2 - add_generation_prompt or len(messages[0].images) != 1:
-        raise PromptError(f"template {template.name!r} is one picture and its caption, got {len(messages)} messages; use v1 to talk")
+    num_images = len(conversation.images)
+    if len(messages) != (1 if add_generation_prompt else 2) or num_images != 1:
+        got = f"{len(messages)} messages with {num_images} pictures"
+        raise PromptError(f"template {template.name!r} is one picture and its caption, got {got}; use v1 to talk")
     caption = [] if add_generation_prompt else [Segment("text", f"{messages[1].text}\n", True)]
     return [Segment("image"), *caption]
 
@@ -122,10 +131,20 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
 }
 
 
+def template_of_jinja(text: str) -> ChatTemplate:
+    """Recognise the template that a checkpoint's chat template text means. Raises: CheckpointError for another family's."""
+    if "ASSISTANT:" not in text:
+        raise CheckpointError("the checkpoint's chat template is not of the USER/ASSISTANT kind of LLaVA-1.5; it is not supported")
+    return TEMPLATES["v1" if _V1_OPENING in text else "v1_hf"]
+
+
 def jinja_text(template: ChatTemplate) -> str:
-    """Write a v1 template as the chat_template.jinja that transformers reads: same text, pictures first in their turn."""
+    """Write a v1 template as the chat_template.jinja that transformers reads: same text, pictures first in their turn.
+
+    Raises: PromptError for a template that holds no conversations.
+    """
     if template.render is not _render_v1:
-        raise PromptError(f"template {template.name!r} has no chat form")
+        raise PromptError(f"template {template.name!r} has no chat form; use v1 to talk")
     system = "" if template.system is None else template.system.replace("'", "\\'") + " "
     return (
         "{%- if messages[0]['role'] == 'system' -%}{%- if messages[0]['content'] is string -%}{{ messages[0]['content'] + ' ' }}"

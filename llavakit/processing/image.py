@@ -1,9 +1,11 @@
 """From the bytes of a picture to the tile that the tower sees.
 
-Owns: decode_image, the only place where pictures are opened, with its limits; ImageProcessor, equal to CLIPImageProcessor's
-PIL path bit for bit, and to LLaVA's padding; picture digests.
-Invariants: sizes are checked from the header before any pixel is decoded; no intermediate exceeds four times max_pixels;
+Owns: image_size and decode_image, the only places where pictures are opened, with their limits; ImageProcessor, equal bit for
+bit to CLIPImageProcessor's PIL path, and to LLaVA's padding; picture digests.
+Refuses: files, URLs, animations, formats beyond JPEG, PNG, WebP, GIF and BMP.
+Invariants: sizes are checked from the header before any pixel is decoded; padding never builds the padded square;
 no message holds text of a library. By default a picture is decoded as people see it; faithful=True decodes as LLaVA's code does.
+Legend: S side in pixels
 """
 
 from __future__ import annotations
@@ -18,24 +20,49 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from llavakit.errors import CheckpointError, ImageError
 from llavakit.geometry import center_crop_box, pad_offset, shortest_edge_size
 
-__all__ = ["DEFAULT_LIMITS", "ImageLimits", "ImageProcessor", "decode_image", "image_digest"]
+__all__ = ["DEFAULT_LIMITS", "ImageLimits", "ImageProcessor", "decode_image", "image_digest", "image_size"]
 
-_MAGIC: tuple[tuple[str, int, bytes], ...] = (
-    ("JPEG", 0, b"\xff\xd8\xff"), ("PNG", 0, b"\x89PNG\r\n\x1a\n"), ("WEBP", 8, b"WEBP"), ("GIF", 0, b"GIF8"), ("BMP", 0, b"BM"),
-)  # fmt: skip
+# Opened by class, not by Image.open: a JPEG with further pictures behind it (phones write them) is then its first picture,
+# and the only size check is ours.
+_KINDS: tuple[tuple[str, type[ImageFile.ImageFile], bytes], ...] = (
+    ("JPEG", JpegImageFile, b"\xff\xd8\xff"),
+    ("PNG", PngImageFile, b"\x89PNG\r\n\x1a\n"),
+    ("WebP", WebPImageFile, b"RIFF"),
+    ("GIF", GifImageFile, b"GIF8"),
+    ("BMP", BmpImageFile, b"BM"),
+)
 _DECODER_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, AttributeError, NotImplementedError,
-    MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip  # what Pillow's decoders raise on damaged files
+    MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Warning,
+)  # fmt: skip  # what Pillow's decoders raise on damaged files; warnings where an application makes errors of them
+_MAX_JPEG_SCANS = 200  # encoders write about ten; each scan walks over the whole picture
+_START_OF_SCAN = b"\xff\xda"
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF orientation -> what makes the picture upright
+_ORIENTATION_TAG, _SHORT = 0x0112, 3
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_CLIP_SIZE = 224  # CLIPImageProcessor's default where a file names none
 _RESCALE = 0.00392156862745098
+_STRIP_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +76,17 @@ class ImageLimits:
     max_side: int = 8192
     """Width or height."""
     max_aspect: float = 64.0
-    """Longer side over shorter side; thin pictures grow enormous when they are padded."""
+    """Longer side over shorter side; thin pictures grow enormous when they are resized."""
+    max_total_pixels: int = 1 << 25
+    """Width times height summed over the pictures of one prompt."""
 
 
 DEFAULT_LIMITS = ImageLimits()
+
+
+def image_size(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """Read width and height, before EXIF rotation, from the header without decoding pixels. Raises: ImageError as decode_image."""
+    return _open(data, limits)[1].size
 
 
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, faithful: bool = False) -> Image.Image:
@@ -61,17 +95,10 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, faithful:
     By default EXIF rotation is applied, transparency lies on white, 16 bits are scaled to 8; faithful=True does none of it.
     Raises: ImageError when the bytes are no such picture, exceed a limit, are animated or damaged.
     """
-    kind = _sniff(data, limits)
-    try:
-        image = Image.open(io.BytesIO(data), formats=(kind,))
-    except _DECODER_ERRORS as error:
-        raise ImageError(f"the {kind} picture has a damaged header; send it again") from error
-    _check_size(image.width, image.height, limits)
-    if _is_animated(image):
-        raise ImageError("the picture is animated; send a single frame")
+    kind, image = _open(data, limits)
     try:
         image.load()
-        return image.convert("RGB") if faithful else _as_seen(image)
+        return _as_stored(image) if faithful else _as_seen(image)
     except _DECODER_ERRORS as error:
         raise ImageError(f"the {kind} picture is damaged or incomplete; send it again") from error
 
@@ -80,6 +107,99 @@ def image_digest(image: Image.Image) -> str:
     """Hash mode, size and pixels: equal digests mean the same picture."""
     head = f"{image.mode} {image.width} {image.height} ".encode()
     return hashlib.sha256(head + image.tobytes()).hexdigest()
+
+
+def _open(data: bytes, limits: ImageLimits) -> tuple[str, ImageFile.ImageFile]:
+    """Read the header and check everything that it says."""
+    if len(data) > limits.max_bytes:
+        raise ImageError(f"the picture has {len(data)} bytes, at most {limits.max_bytes} are allowed; compress it")
+    kind, opener = _sniff(data)
+    if kind == "WebP":  # its opener allocates the canvas
+        _check_size(*_webp_size(data), limits)
+    if kind == "JPEG" and data.count(_START_OF_SCAN) > _MAX_JPEG_SCANS:
+        raise ImageError(f"the JPEG picture has more than {_MAX_JPEG_SCANS} scans; save it again as a plain JPEG")
+    try:
+        image = opener(io.BytesIO(data))
+        is_animated = isinstance(image, GifImageFile | PngImageFile | WebPImageFile) and image.is_animated
+    except _DECODER_ERRORS as error:
+        raise ImageError(f"the {kind} picture has a damaged header; send it again") from error
+    _check_size(image.width, image.height, limits)
+    if is_animated:
+        raise ImageError("the picture is animated; send a single frame")
+    return kind, image
+
+
+def _sniff(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
+    for kind, opener, magic in _KINDS:
+        if data.startswith(magic) and (kind != "WebP" or data[8:12] == b"WEBP"):
+            return kind, opener
+    raise ImageError("the data is not a JPEG, PNG, WebP, GIF or BMP picture")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Read the canvas size of the three kinds of WebP (RFC 9649)."""
+    chunk, head = data[12:16], data[20:30]
+    if chunk == b"VP8X" and len(head) == 10:
+        return int.from_bytes(head[4:7], "little") + 1, int.from_bytes(head[7:10], "little") + 1
+    if chunk == b"VP8 " and len(head) == 10:
+        return int.from_bytes(head[6:8], "little") & 0x3FFF, int.from_bytes(head[8:10], "little") & 0x3FFF
+    if chunk == b"VP8L" and len(head) == 10:
+        bits = int.from_bytes(head[1:5], "little")
+        return (bits & 0x3FFF) + 1, ((bits >> 14) & 0x3FFF) + 1
+    raise ImageError("the WebP picture has a damaged header; send it again")
+
+
+def _check_size(width: int, height: int, limits: ImageLimits) -> None:
+    if min(width, height) < 1:
+        raise ImageError(f"the picture is {width}x{height} pixels, at least 1x1 is needed")
+    if max(width, height) > limits.max_side:
+        raise ImageError(f"the picture is {width}x{height} pixels, a side may have at most {limits.max_side}; scale it down")
+    if width * height > limits.max_pixels:
+        raise ImageError(f"the picture is {width}x{height} pixels, at most {limits.max_pixels} pixels are allowed; scale it down")
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise ImageError(f"the picture is {width}x{height} pixels, its sides may differ by a factor of {limits.max_aspect:g}; crop it")
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    image = _upright(image)
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _as_stored(image: Image.Image) -> Image.Image:
+    image.info.pop("transparency", None)  # it is ignored, and Pillow would warn about it
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(_orientation(image.info.get("exif", b"")))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(exif: bytes) -> int:
+    """Find tag 0x0112 in the first directory of EXIF data; damaged data says nothing (Pillow's reader would follow all of it)."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order: Literal["little", "big"] = "little" if tiff.startswith(b"II") else "big"
+    start = int.from_bytes(tiff[4:8], order)
+    num_entries = int.from_bytes(tiff[start : start + 2], order)
+    for place in range(start + 2, min(start + 2 + 12 * num_entries, len(tiff) - 11), 12):
+        entry = tiff[place : place + 12]
+        if int.from_bytes(entry[:2], order) == _ORIENTATION_TAG and int.from_bytes(entry[2:4], order) == _SHORT:
+            return int.from_bytes(entry[8:10], order)
+    return 1
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Scale grey 0..65535 to 0..255; the one value that PNG may declare transparent is white."""
+    grey = np.asarray(image).astype(np.int32)
+    scaled = np.clip((grey + 128) // 257, 0, 255)
+    seen = np.where(grey == image.info["transparency"], 255, scaled) if "transparency" in image.info else scaled
+    return Image.fromarray(seen.astype(np.uint8)).convert("RGB")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,23 +218,37 @@ class ImageProcessor:
     """Divided by per channel."""
 
     def apply(self, image: Image.Image) -> Tensor:
-        """Return the float32 tile [3, crop_px, crop_px] of an RGB picture. Source: CLIPImageProcessor; LLaVA's expand2square."""
+        """Return the float32 tile [3, crop_px, crop_px] of an RGB picture.
+
+        Raises: ImageError for another mode. Source: CLIPImageProcessor; LLaVA's expand2square.
+        """
+        if image.mode != "RGB" or min(image.size) < 1:
+            raise ImageError(f"an RGB picture is needed, got {image.mode} of {image.width}x{image.height} pixels; use decode_image")
         if self.aspect == "pad" and image.width != image.height:
-            image = self._pad_to_square(image)
-        size = shortest_edge_size(image.width, image.height, self.size_px)
-        if size != image.size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
+            image = self._resize_padded(image)
+        else:
+            image = image.resize(shortest_edge_size(image.width, image.height, self.size_px), Image.Resampling.BICUBIC)
         box = center_crop_box(image.width, image.height, self.crop_px)
         pixels_SS3 = np.asarray(image.crop((box.left, box.top, box.right, box.bottom)))  # outside the picture crop gives zeros
         channels = [table[pixels_SS3[:, :, channel]] for channel, table in enumerate(self._tables())]
         return torch.from_numpy(np.stack(channels))
 
-    def _pad_to_square(self, image: Image.Image) -> Image.Image:
-        side = max(image.size)
+    def _resize_padded(self, image: Image.Image) -> Image.Image:
+        """Pad to a square and resize it, without ever building the square.
+
+        Pillow resizes rows first and then columns, so strips of rows can be padded and resized on their own; padding rows keep
+        their colour. A picture of 1x8192 pixels so needs 8 MB, not 200.
+        """
+        side, (left, top) = max(image.size), pad_offset(*image.size)
         red, green, blue = (int(value * 255) for value in self.mean)
-        canvas = Image.new("RGB", (side, side), (red, green, blue))
-        canvas.paste(image, pad_offset(*image.size))
-        return canvas
+        narrow = Image.new("RGB", (self.size_px, side), (red, green, blue))
+        strip_px = max(_STRIP_PIXELS // side, 1)
+        for start in range(0, image.height, strip_px):
+            stop = min(start + strip_px, image.height)
+            strip = Image.new("RGB", (side, stop - start), (red, green, blue))
+            strip.paste(image.crop((0, start, image.width, stop)), (left, 0))
+            narrow.paste(strip.resize((self.size_px, stop - start), Image.Resampling.BICUBIC), (0, top + start))
+        return narrow.resize((self.size_px, self.size_px), Image.Resampling.BICUBIC)
 
     def _tables(self) -> list[np.ndarray]:
         """Look-up tables from a byte to its normalised float32, rounded step by step as the original code does."""
@@ -123,91 +257,63 @@ class ImageProcessor:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageProcessor:
-        """Read preprocessor_config.json. Raises: CheckpointError where it asks for something else than CLIP's steps."""
-        try:
-            size, crop = values.get("size", 336), values.get("crop_size", 336)
-            size_px = int(size["shortest_edge"] if isinstance(size, Mapping) else size)
-            crop_px = int(crop["height"] if isinstance(crop, Mapping) else crop)
-            red, green, blue = (float(value) for value in values.get("image_mean", _CLIP_MEAN))
-            stds = tuple(float(value) for value in values.get("image_std", _CLIP_STD))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the image processor's size, crop_size, image_mean or image_std is not readable: {error!r}") from error
-        for name, expected in (
-            ("do_resize", True),
-            ("do_center_crop", True),
-            ("do_normalize", True),
-            ("resample", 3),
-            ("rescale_factor", _RESCALE),
-        ):
-            if values.get(name, expected) != expected and not (name == "rescale_factor" and abs(values[name] * 255 - 1) < 1e-9):
+        """Read preprocessor_config.json, or the "image_processor" of a processor_config.json.
+
+        Raises: CheckpointError where it asks for something else than CLIP's steps.
+        """
+        for name, expected in _FIXED.items():
+            if values.get(name, expected) != expected:
                 raise CheckpointError(f"the image processor has {name}={values[name]!r}; only {expected!r} is supported")
-        aspect: Literal["crop", "pad"] = "pad" if values.get("do_pad") is True else "crop"
-        return cls(size_px=size_px, crop_px=crop_px, aspect=aspect, mean=(red, green, blue), std=(stds[0], stds[1], stds[2]))
+        return cls(
+            size_px=_side(values, "size"),
+            crop_px=_side(values, "crop_size"),
+            aspect="pad" if values.get("do_pad") is True else "crop",
+            mean=_triple(values, "image_mean", _CLIP_MEAN),
+            std=_triple(values, "image_std", _CLIP_STD),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Write preprocessor_config.json as transformers reads it; padding is LlavaImageProcessor's do_pad."""
+        is_padded = self.aspect == "pad"
         return {
-            "image_processor_type": "LlavaImageProcessor" if self.aspect == "pad" else "CLIPImageProcessor",
+            "image_processor_type": "LlavaImageProcessor" if is_padded else "CLIPImageProcessor",
             "processor_class": "LlavaProcessor",
-            **({"do_pad": True} if self.aspect == "pad" else {}),
-            "do_resize": True,
+            **({"do_pad": True} if is_padded else {}),
+            **_FIXED,
             "size": {"shortest_edge": self.size_px},
-            "resample": 3,
-            "do_center_crop": True,
             "crop_size": {"height": self.crop_px, "width": self.crop_px},
-            "do_rescale": True,
-            "rescale_factor": _RESCALE,
-            "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
             "do_convert_rgb": True,
         }
 
 
-def _sniff(data: bytes, limits: ImageLimits) -> str:
-    if len(data) > limits.max_bytes:
-        raise ImageError(f"the picture has {len(data)} bytes, at most {limits.max_bytes} are allowed")
-    for kind, offset, magic in _MAGIC:
-        if data[offset : offset + len(magic)] == magic:
-            return kind
-    raise ImageError("the data is not a JPEG, PNG, WebP, GIF or BMP picture")
+_FIXED: Mapping[str, Any] = {
+    "do_resize": True,
+    "resample": 3,  # bicubic
+    "do_center_crop": True,
+    "do_rescale": True,
+    "rescale_factor": _RESCALE,
+    "do_normalize": True,
+}
+"""Settings that a checkpoint may state in one way only; absent ones have these values."""
 
 
-def _check_size(width: int, height: int, limits: ImageLimits) -> None:
-    if min(width, height) < 1:
-        raise ImageError(f"the picture is {width}x{height} pixels, at least 1x1 is needed")
-    if max(width, height) > limits.max_side:
-        raise ImageError(f"the picture is {width}x{height} pixels, a side may have at most {limits.max_side}; scale it down")
-    if width * height > limits.max_pixels:
-        raise ImageError(f"the picture is {width}x{height} pixels, at most {limits.max_pixels} pixels are allowed; scale it down")
-    if max(width, height) > limits.max_aspect * min(width, height):
-        raise ImageError(f"the picture is {width}x{height} pixels, its sides may differ by a factor of {limits.max_aspect:g}; crop it")
+def _side(values: Mapping[str, Any], name: str) -> int:
+    """Read a length written as an int, {"shortest_edge": n} or {"height": n, "width": n}."""
+    entry = values.get(name, _CLIP_SIZE)
+    if isinstance(entry, Mapping):
+        lengths = set(entry.values())
+        is_known = set(entry) in ({"shortest_edge"}, {"height", "width"}) if name == "crop_size" else set(entry) == {"shortest_edge"}
+        entry = lengths.pop() if is_known and len(lengths) == 1 else None
+    if isinstance(entry, bool) or not isinstance(entry, int) or not 1 <= entry <= DEFAULT_LIMITS.max_side:
+        raise CheckpointError(f"the image processor has {name}={values[name]!r}; a side from 1 to {DEFAULT_LIMITS.max_side} is supported")
+    return entry
 
 
-def _is_animated(image: Image.Image) -> bool:
+def _triple(values: Mapping[str, Any], name: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
     try:
-        return bool(getattr(image, "is_animated", False))  # only the plug-ins of formats that can move have the attribute
-    except _DECODER_ERRORS as error:
-        raise ImageError("the picture has a damaged frame table; send it again") from error
-
-
-def _as_seen(image: Image.Image) -> Image.Image:
-    image = _upright(image)
-    if image.mode.startswith("I"):
-        grey = np.clip(np.rint(np.asarray(image).astype(np.float64) / 257), 0, 255).astype(np.uint8)
-        return Image.fromarray(grey, "L").convert("RGB")
-    if image.mode == "F":
-        raise ImageError("the picture has float pixels; convert it to 8 bits")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turned = ImageOps.exif_transpose(image)
-    except _DECODER_ERRORS:
-        return image  # damaged EXIF says nothing about the rotation
-    return image if turned is None else turned
+        red, green, blue = (float(value) for value in values.get(name, default))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the image processor has {name}={values[name]!r}; three numbers are needed") from error
+    return red, green, blue

@@ -1,48 +1,54 @@
 """LlavaProcessor: a conversation becomes a Prompt that any part of the system can run or train on.
 
-Owns: Prompt and its invariant, expansion of pictures, length checks, loading and saving of the processor's files.
-Thread-safe: nothing is changed after construction.
-Legend: N tiles  S side in pixels
+Owns: Prompt and its invariant, expansion of pictures, checks of length and cost, loading and saving of the processor's files.
+Refuses: cutting prompts; files, URLs.
+Invariant: everything that can be refused from headers and lengths is refused before a pixel is decoded.
+Thread-safe: what a prompt becomes depends on the conversation alone; the memo only saves time.
+Legend: N tiles  S side in pixels  B rows  T tokens
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from llavakit.errors import CheckpointError, PromptError
+from llavakit.errors import CheckpointError, ImageError, PromptError
 from llavakit.geometry import ImageGrid, num_image_tokens, patch_grid
-from llavakit.processing.chat import TEMPLATES, ChatTemplate, encode_segments, jinja_text
-from llavakit.processing.image import DEFAULT_LIMITS, ImageLimits, ImageProcessor, decode_image, image_digest
+from llavakit.processing.chat import TEMPLATES, ChatTemplate, EncodedChat, encode_segments, jinja_text, template_of_jinja
+from llavakit.processing.image import DEFAULT_LIMITS, ImageLimits, ImageProcessor, decode_image, image_digest, image_size
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
-from llavakit.storage.documents import read_json, read_optional_json, write_json
+from llavakit.storage.documents import json_bytes, read_optional_json, read_text
 from llavakit.types import Conversation
 
 __all__ = ["LlavaProcessor", "Prompt"]
 
+_T = TypeVar("_T")
 _TEMPLATE_KEY = "llavakit_template"
-_NO_TILES = (0, 3, 1, 1)
+_MEMO_TEXTS = 1024
+_MEMO_CHARACTERS = 512  # the system line and other constant stretches are shorter
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
     """One sequence ready to run: image slots in ids equal the sum of num_image_tokens over grids."""
 
     ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
+    """Of each id whether a model learns to produce it."""
     tiles_N3SS: Tensor
+    """float32; N = 0 without pictures."""
     grids: tuple[ImageGrid, ...] = ()
     digests: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LlavaProcessor:
     """Tokenizer, image processor and chat template of one checkpoint."""
 
@@ -52,96 +58,187 @@ class LlavaProcessor:
     image_token_id: int
     patch_size: int
     keep_cls: bool = False
-    limits: ImageLimits = field(default=DEFAULT_LIMITS)
+    """Whether the tower's class token takes a place in the prompt too (strategy "full")."""
+    limits: ImageLimits = DEFAULT_LIMITS
+    _memo: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def grid(self) -> ImageGrid:
         """The image tokens of one picture."""
         return patch_grid(self.image_processor.crop_px, self.patch_size, has_cls=self.keep_cls)
 
-    def prompt(self, conversation: Conversation, *, add_generation_prompt: bool = True, max_len: int | None = None) -> Prompt:
-        """Build the prompt of a conversation: decode its pictures, render the template, encode.
+    def prompt(
+        self, conversation: Conversation, *, add_generation_prompt: bool = True, supervise: bool = False, max_len: int | None = None
+    ) -> Prompt:
+        """Build the prompt of a conversation: render the template, encode, decode its pictures.
 
-        Raises: ImageError, PromptError (also when the prompt exceeds max_len tokens; nothing is ever cut).
+        With supervise the conversation is a training sample, in which something must be left to learn.
+        Raises: ImageError; PromptError, also when the prompt exceeds max_len tokens (nothing is ever cut).
         """
-        images = [decode_image(part.data, self.limits) for part in conversation.images]
-        return self.prompt_of_images(conversation, images, add_generation_prompt=add_generation_prompt, max_len=max_len)
+        encoded = self._encode(conversation, add_generation_prompt=add_generation_prompt, supervise=supervise, max_len=max_len)
+        num_pixels = sum(width * height for width, height in (image_size(part.data, self.limits) for part in conversation.images))
+        if num_pixels > self.limits.max_total_pixels:
+            most = self.limits.max_total_pixels
+            raise ImageError(f"the pictures have {num_pixels} pixels together, at most {most} are allowed; scale them down")
+        seen = [self._see(decode_image(part.data, self.limits)) for part in conversation.images]
+        return self._assemble(encoded, seen)
 
     def prompt_of_images(
-        self, conversation: Conversation, images: Sequence[Image.Image], *, add_generation_prompt: bool, max_len: int | None = None
+        self,
+        conversation: Conversation,
+        images: Sequence[Image.Image],
+        *,
+        add_generation_prompt: bool = True,
+        supervise: bool = False,
+        max_len: int | None = None,
     ) -> Prompt:
-        """Build the prompt from pictures that are decoded already, one per ImagePart of the conversation."""
-        grids = (self.grid,) * len(images)
+        """Build the prompt from RGB pictures that are decoded already; the conversation's ImageParts only mark their places.
+
+        Raises: as prompt(), and PromptError when the counts differ.
+        """
+        if len(images) != len(conversation.images):
+            raise PromptError(f"the conversation has places for {len(conversation.images)} pictures, got {len(images)}")
+        encoded = self._encode(conversation, add_generation_prompt=add_generation_prompt, supervise=supervise, max_len=max_len)
+        return self._assemble(encoded, [self._see(image) for image in images])
+
+    def __call__(
+        self,
+        images: Image.Image | bytes | Sequence[Image.Image | bytes] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        padding: bool = False,
+        return_tensors: Literal["pt"] = "pt",
+    ) -> dict[str, Tensor]:
+        """Encode texts in which the caller wrote the template and <image> himself, as transformers' LlavaProcessor does.
+
+        Returns input_ids and attention_mask [B, T] and, with pictures, pixel_values [N, 3, S, S] in the order of the marks.
+        Special tokens in the text mean themselves: give it your own text, and a user's words to prompt().
+        Raises: ImageError; PromptError when marks and pictures differ in number; InputError when rows need padding.
+        """
+        if text is None or return_tensors != "pt":
+            raise PromptError(f'text is needed, and return_tensors must be "pt", got {return_tensors!r}')
+        texts = [text] if isinstance(text, str) else list(text)
+        listed = [] if images is None else [images] if isinstance(images, Image.Image | bytes) else list(images)
+        mark = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        if (num_marks := sum(item.count(mark) for item in texts)) != len(listed):
+            raise PromptError(f"the text has {num_marks} {mark} marks and there are {len(listed)} pictures; each picture needs one mark")
+        pictures = [decode_image(item, self.limits) if isinstance(item, bytes) else item for item in listed]
+        values = {"pixel_values": torch.stack([self.image_processor.apply(picture) for picture in pictures])} if pictures else {}
+        expanded = [item.replace(mark, mark * num_image_tokens(self.grid)) for item in texts]
+        return {**self.tokenizer(expanded, padding=padding, return_tensors="pt"), **values}
+
+    def _encode(self, conversation: Conversation, *, add_generation_prompt: bool, supervise: bool, max_len: int | None) -> EncodedChat:
+        num_images, num_slots = len(conversation.images), num_image_tokens(self.grid)
         encoded = encode_segments(
             self.template.segments(conversation, add_generation_prompt=add_generation_prompt),
-            self._encode,
+            self._encode_text,
             bos_id=self.tokenizer.bos_token_id,
             eos_id=self.tokenizer.eos_token_id,
             image_id=self.image_token_id,
-            slots=[num_image_tokens(grid) for grid in grids],
+            slots=(num_slots,) * num_images,
         )
+        assert encoded.ids.count(self.image_token_id) == num_images * num_slots, "text must never encode to the image token"
         if max_len is not None and len(encoded.ids) > max_len:
             raise PromptError(
-                f"the prompt has {len(encoded.ids)} tokens ({len(images)} pictures of {num_image_tokens(self.grid)}), "
+                f"the prompt has {len(encoded.ids)} tokens ({num_images} pictures of {num_slots}), "
                 f"at most {max_len} fit; shorten the conversation"
             )
-        tiles = torch.stack([self.image_processor.apply(image) for image in images]) if images else torch.empty(_NO_TILES)
-        return Prompt(encoded.ids, encoded.loss_mask, tiles, grids, tuple(image_digest(image) for image in images))
+        if supervise and not any(encoded.loss_mask):
+            raise PromptError("the conversation has no answer to learn from; add the assistant's message")
+        return encoded
 
-    @functools.cached_property
-    def _encode(self) -> Any:
-        # Templates repeat a few long constant stretches (the system line above all).
-        return functools.lru_cache(maxsize=4096)(self.tokenizer.encode_text)
+    def _encode_text(self, text: str) -> tuple[int, ...]:
+        # Templates repeat a few constant stretches, the system line above all.
+        known = self._memo.get(text)
+        if known is not None:
+            return known
+        ids = tuple(self.tokenizer.encode_text(text))
+        if len(text) <= _MEMO_CHARACTERS and len(self._memo) < _MEMO_TEXTS:
+            self._memo[text] = ids
+        return ids
+
+    def _see(self, image: Image.Image) -> tuple[Tensor, str]:
+        return self.image_processor.apply(image), image_digest(image)
+
+    def _assemble(self, encoded: EncodedChat, seen: Sequence[tuple[Tensor, str]]) -> Prompt:
+        side = self.image_processor.crop_px
+        tiles_N3SS = torch.stack([tile for tile, _ in seen]) if seen else torch.empty(0, 3, side, side)
+        return Prompt(encoded.ids, encoded.loss_mask, tiles_N3SS, (self.grid,) * len(seen), tuple(digest for _, digest in seen))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Load the processor's files from a llava-hf folder, in the 4.x or the 5.x arrangement. Raises: CheckpointError."""
         folder = Path(folder)
-        config, processor = read_json(folder / "config.json"), read_optional_json(folder / "processor_config.json")
-        image = processor.get("image_processor") or read_optional_json(folder / "preprocessor_config.json")
+        config, processor = read_optional_json(folder / "config.json"), read_optional_json(folder / "processor_config.json")
+        image = processor["image_processor"] if "image_processor" in processor else read_optional_json(folder / "preprocessor_config.json")
         if not image:
             raise CheckpointError(f"{folder} has neither preprocessor_config.json nor an image_processor in processor_config.json")
         tokenizer = LlamaTokenizer.from_pretrained(folder)
-        vision = config.get("vision_config", {})
-        patch = processor.get("patch_size") or vision.get("patch_size", 14)
-        image_id = config.get("image_token_index", config.get("image_token_id", 32000))
+        mark = _first(str, "<image>", (processor, "image_token"))
+        image_token_id = _first(int, tokenizer.convert_tokens_to_ids(mark), (config, "image_token_index"), (config, "image_token_id"))
+        if image_token_id not in tokenizer.added_tokens.values():
+            raise CheckpointError(f"{folder}: image token {image_token_id} is not one of the tokenizer's added tokens; add it as {mark}")
+        strategy = _first(str, "default", *((table, "vision_feature_select_strategy") for table in (config, processor)))
         return cls(
             tokenizer=tokenizer,
             image_processor=ImageProcessor.from_dict(image),
             template=_find_template(folder, processor),
-            image_token_id=int(image_id),
-            patch_size=int(patch),
-            keep_cls=config.get("vision_feature_select_strategy", "default") == "full",
+            image_token_id=image_token_id,
+            patch_size=_first(int, 14, (processor, "patch_size"), (config.get("vision_config", {}), "patch_size")),
+            keep_cls=strategy == "full",
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write all files of the processor, complete for us and for transformers 4.46+ and 5.x."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(folder)
-        write_json(folder / "preprocessor_config.json", self.image_processor.to_dict())
-        strategy = "full" if self.keep_cls else "default"
+    def files(self) -> dict[str, bytes]:
+        """Build every file of the processor by name, complete for us and for transformers 4.46+ and 5.x."""
         values = {
             "processor_class": "LlavaProcessor",
             "image_token": self.tokenizer.convert_ids_to_tokens(self.image_token_id),
             "num_additional_image_tokens": 1,
             "patch_size": self.patch_size,
-            "vision_feature_select_strategy": strategy,
+            "vision_feature_select_strategy": "full" if self.keep_cls else "default",
             _TEMPLATE_KEY: self.template.name,
         }
-        write_json(folder / "processor_config.json", values)
-        if self.template.name != "plain":
-            text = jinja_text(self.template)
-            (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-            write_json(folder / "chat_template.json", {"chat_template": text})
+        chat = {} if self.template.name == "plain" else _chat_files(self.template)
+        return {
+            **self.tokenizer.files(),
+            "preprocessor_config.json": json_bytes(self.image_processor.to_dict()),
+            "processor_config.json": json_bytes(values),
+            **chat,
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write files() into a folder, which is made where it is missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in self.files().items():
+            (folder / name).write_bytes(data)
 
 
-def _find_template(folder: Path, processor: dict[str, Any]) -> ChatTemplate:
-    """Choose the template from content: our own key, else v1 with the system line only where the folder has no template of its own."""
+def _chat_files(template: ChatTemplate) -> dict[str, bytes]:
+    text = jinja_text(template)
+    return {"chat_template.jinja": text.encode(), "chat_template.json": json_bytes({"chat_template": text})}
+
+
+def _find_template(folder: Path, processor: Mapping[str, Any]) -> ChatTemplate:
+    """Choose the template from content: our own key, else the text of the folder's own template, else v1."""
     name = processor.get(_TEMPLATE_KEY)
     if name is not None:
         if name not in TEMPLATES:
             raise CheckpointError(f"processor_config.json names the template {name!r}; known are {', '.join(TEMPLATES)}")
         return TEMPLATES[name]
-    has_own = any((folder / file).is_file() for file in ("chat_template.jinja", "chat_template.json"))
-    return TEMPLATES["v1_hf" if has_own else "v1"]
+    path = folder / "chat_template.jinja"
+    tables = (processor, read_optional_json(folder / "chat_template.json"), read_optional_json(folder / "tokenizer_config.json"))
+    texts = [read_text(path)] if path.is_file() else []
+    texts += [text for table in tables if isinstance(text := table.get("chat_template"), str)]
+    return template_of_jinja(texts[0]) if texts else TEMPLATES["v1"]
+
+
+def _first(kind: type[_T], default: _T, *places: tuple[Mapping[str, Any], str]) -> _T:
+    """Return the first stated value; a null counts as absent. Raises: CheckpointError for a value of another type."""
+    for table, name in places:
+        value = table.get(name)
+        if value is not None:
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise CheckpointError(f"the checkpoint states {name}={value!r}; expected {kind.__name__}")
+            return value
+    return default

@@ -39,7 +39,7 @@ def tokenizer_json(
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (unk, bos, eos, *(token for token, _ in ordered))])
     for token, index in ordered:
         if tokenizer.token_to_id(token) != index:
-            raise CheckpointError(f"added token {token!r} has id {index}; ids of added tokens must follow the {len(pieces)} pieces without a gap")
+            raise CheckpointError(f"added token {token!r} has id {index}; added tokens must follow the {len(pieces)} pieces without a gap")
     return str(tokenizer.to_str(pretty=True))
 
 

@@ -88,6 +88,7 @@ class LlamaTokenizer:
 
     @pad_token.setter
     def pad_token(self, token: str | None) -> None:
+        """Choose the token; it must exist."""
         if token is not None and self._find(token) is None:
             raise InputError(f'{token!r} is not in the vocabulary; add it with add_special_tokens({{"pad_token": {token!r}}})')
         self._pad_token = token
@@ -133,8 +134,8 @@ class LlamaTokenizer:
         return index if index != self.unk_token_id or token == self.unk_token else None
 
     def _add(self, token: str, index: int) -> None:
-        if not token or index < self.vocab_size or index in self._added_ids:
-            raise CheckpointError(f"token {token!r} cannot be added with id {index}; new ids start at {self.vocab_size} and are used once")
+        if not token or token in self.added_tokens or index < self.vocab_size or index in self._added_ids:
+            raise CheckpointError(f"token {token!r} cannot be added with id {index}; each has one id, {self.vocab_size} or more")
         self.added_tokens[token] = index
         self._added_ids[index] = token
 
@@ -293,11 +294,11 @@ class LlamaTokenizer:
         """Add what added_tokens.json and added_tokens_decoder list; entries that are pieces of the model must agree with it."""
         listed: dict[str, Any] = read_optional_json(folder / "added_tokens.json")
         try:
-            decoder = {_token_text(entry) or "": int(index) for index, entry in config.get("added_tokens_decoder", {}).items()}
-            entries = sorted((int(index), token) for token, index in {**listed, **decoder}.items())
+            decoder = {_token_text(entry) or "": index for index, entry in config.get("added_tokens_decoder", {}).items()}
+            entries = {(int(index), token) for token, index in (*listed.items(), *decoder.items())}
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder}: the added tokens must be a table of tokens and ids") from error
-        for index, token in entries:
+        for index, token in sorted(entries):
             if not 0 <= index < self.vocab_size:
                 self._add(token, index)
             elif self.convert_ids_to_tokens(index) != token:
@@ -345,6 +346,8 @@ class LlamaTokenizer:
 
 
 def _read_model(path: Path) -> bytes:
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path}; copy the checkpoint's sentencepiece model there (a tokenizer.json alone is not enough)")
     try:
         if path.stat().st_size > _MAX_MODEL_BYTES:
             raise CheckpointError(f"{path} is larger than {_MAX_MODEL_BYTES} bytes; a tokenizer never is")
