@@ -1,1 +1,1 @@
-"""Training: data, packing, objective, optimiser, state, trainer."""
+"""Training: data, workers, packing, objective, optimiser, state, reporting, trainer."""

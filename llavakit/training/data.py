@@ -1,23 +1,25 @@
-"""What a run trains on: samples by index, batches by step.
+"""What a run trains on: samples by index, batches by number.
 
-Owns: Sample, the two source protocols, the loader that prepares batches ahead in processes.
-Invariant: a batch is a pure function of its step, so the data position of a run is its step, whatever the workers.
+Owns: Sample, the two source protocols, the digest by which a resumed run recognises its data.
+Invariant: a batch is a pure function of its number, so the data position of a run is its step, whatever the workers.
+Legend: N tiles  S side in pixels
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import hashlib
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from llavakit.errors import DataError, LlavaError
 from llavakit.processing.processor import Prompt
 
-__all__ = ["BatchSource", "Sample", "SampleSource", "load_batches", "sample_of_prompt"]
-
-_PREFETCH_BATCHES = 4
+__all__ = ["BatchSource", "Sample", "SampleSource", "batch_digest", "draw_sample", "sample_of_prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class BatchSource(Protocol):
     """Batches by number: batch(n) is a pure function."""
 
     def batch(self, number: int) -> Any:
-        """Build batch number n; its type is what the model's loss_packed takes."""
+        """Build batch number n; its type is what the objective takes, a dataclass of tensors."""
         ...
 
 
@@ -50,21 +52,34 @@ def sample_of_prompt(prompt: Prompt) -> Sample:
     return Sample(prompt.ids, prompt.loss_mask, prompt.tiles_N3SS)
 
 
-def load_batches(source: BatchSource, *, first: int, stop: int, workers: int) -> Iterator[Any]:
-    """Iterate over batches first..stop-1 in order, prepared ahead by worker processes; their exceptions surface here."""
-    loader = DataLoader(
-        _ByNumber(source),
-        sampler=range(first, stop),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=_PREFETCH_BATCHES if workers else None,
-    )
-    return iter(loader)
+def draw_sample(source: SampleSource, index: int) -> Sample:
+    """Build a sample so that whatever goes wrong names it. Raises: DataError for any error of the package."""
+    with _Naming(f"sample {index}"):
+        return source.sample(index)
 
 
-class _ByNumber(Dataset[Any]):
-    def __init__(self, source: BatchSource) -> None:
-        self.source = source
+def batch_digest(batch: Any) -> str:
+    """Digest all tensors of a batch, so that two batches can be compared without keeping one."""
+    hasher = hashlib.sha256()
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            hasher.update(f"{field.name} {value.dtype} {tuple(value.shape)}".encode())
+            hasher.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
 
-    def __getitem__(self, number: int) -> Any:
-        return self.source.batch(number)
+
+class _Naming:
+    """Say in an error from inside the block what was being built."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, LlavaError):
+            raise DataError(f"{self.name}: {error}") from error
+        if error is not None:
+            error.add_note(f"while building {self.name}")

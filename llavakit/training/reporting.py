@@ -1,59 +1,152 @@
-"""What a run tells: metrics.jsonl, progress lines, the loss curve.
+"""What a run tells: metrics.jsonl, progress, the loss curve.
 
-Owns: MetricsLog, cut back to the step that a resumed run starts from, so that no step is recorded twice.
+Owns: the Reporter protocol and RunReporter. The metrics are cut back to the step that a resumed run starts from, so that no step
+is missing or recorded twice. Progress goes to stderr: a live line on a terminal, else a log record every few seconds.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, Protocol
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from llavakit.errors import TrainingError
 from llavakit.logs import logger
 from llavakit.report.plots import Series, line_plot
 
-__all__ = ["MetricsLog", "write_loss_curve"]
+__all__ = ["Reporter", "RunReporter", "StepRecord", "write_loss_curve"]
 
 _LOG = logger("training")
 _SMOOTH_STEPS = 50
 
 
-class MetricsLog:
-    """Append a line of JSON per step; print a line to the log every few seconds."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One finished step, counted from 0."""
 
-    def __init__(self, path: Path, *, first_step: int, steps: int, log_every_s: float) -> None:
-        self._path, self._steps, self._every_s = path, steps, log_every_s
-        kept = [line for line in _lines(path) if line["step"] < first_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-        self._started, self._first_step = time.monotonic(), first_step
-        self._last_line, self._wait_s = self._started, 0.0
+    step: int
+    loss: float
+    """Mean over the step's supervised positions."""
+    lr: float
+    grad_norm: float
+    shares: Mapping[str, float]
+    """Right answers and the like, as shares."""
+    num_tokens: int
+    """Tokens of the step; 0 where the objective counts none."""
+    num_samples: int
+    """Sequences of the step; 0 where the objective counts none."""
+    wait_s: float
+    """Seconds spent waiting for batches."""
+    step_s: float
+    """Seconds of the whole step."""
 
-    def record(self, step: int, values: Mapping[str, float], *, wait_s: float) -> None:
-        """Record one finished step and the seconds it waited for its batch."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._wait_s += wait_s
-        now = time.monotonic()
-        if now - self._last_line >= self._every_s or step + 1 == self._steps:
-            self._last_line = now
-            self._file.flush()
-            spent = now - self._started
-            rate = (step + 1 - self._first_step) / spent
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            _LOG.info(
-                "step %d/%d  %s  %.2f steps/s  waiting %.0f %%  %.0f s left",
-                step + 1, self._steps, shown, rate, 100 * self._wait_s / spent, (self._steps - step - 1) / rate,
-            )  # fmt: skip
+    def to_dict(self) -> dict[str, float | None]:
+        """Return the line of metrics.jsonl; what is not finite is null."""
+        values = {"step": self.step, "loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm, **self.shares}
+        if self.num_tokens:
+            values |= {"tokens_per_s": self.num_tokens / self.step_s, "samples_per_s": self.num_samples / self.step_s}
+        values["wait_share"] = self.wait_s / self.step_s
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+class Reporter(Protocol):
+    """Who hears of a run's progress; begin comes first, close last, also after an error."""
+
+    def begin(self, first_step: int, steps: int) -> None:
+        """Start at first_step (above 0 when resuming) of steps; forget later steps."""
+        ...
+
+    def record(self, record: StepRecord) -> None:
+        """Hear of a finished step."""
+        ...
+
+    def sync(self) -> None:
+        """Make what was recorded durable; called before each save."""
+        ...
 
     def close(self) -> None:
-        """Write out what is buffered."""
-        self._file.close()
+        """Write out and let go of everything."""
+        ...
+
+
+class RunReporter:
+    """Append a line of JSON per step and show progress."""
+
+    def __init__(self, metrics: Path, *, log_every_s: float, is_terminal: bool) -> None:
+        self._path, self._every_s, self._is_terminal = metrics, log_every_s, is_terminal
+        self._file: IO[bytes] | None = None
+        self._live: _LiveLine | None = None
+        self._steps, self._first_step, self._wait_s = 0, 0, 0.0
+        self._started = self._shown = 0.0
+
+    def begin(self, first_step: int, steps: int) -> None:
+        """Cut the metrics back to first_step. Raises: TrainingError when earlier steps are missing from them."""
+        offset = _offset_of_step(self._path, first_step)
+        self._file = self._path.open("ab")
+        self._file.truncate(offset)
+        self._steps, self._first_step, self._wait_s = steps, first_step, 0.0
+        self._started = self._shown = time.monotonic()
+        if self._is_terminal:
+            self._live = _LiveLine(first_step, steps)
+
+    def record(self, record: StepRecord) -> None:
+        """Write the step's line at once, so that a killed process loses none."""
+        assert self._file is not None, "begin comes first"
+        self._file.write(json.dumps(record.to_dict()).encode() + b"\n")
+        self._file.flush()
+        self._wait_s += record.wait_s
+        if self._live is not None:
+            self._live.update(record)
+        elif (now := time.monotonic()) - self._shown >= self._every_s or record.step + 1 == self._steps:
+            self._shown = now
+            self._log(record, now - self._started)
+
+    def sync(self) -> None:
+        """Make the metrics durable."""
+        assert self._file is not None, "begin comes first"
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the metrics and end the live line."""
+        if self._file is not None:
+            self._file.close()
+        if self._live is not None:
+            self._live.stop()
+
+    def _log(self, record: StepRecord, spent_s: float) -> None:
+        rate = (record.step + 1 - self._first_step) / spent_s
+        shown = {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm, **record.shares}
+        _LOG.info(
+            "step %d/%d  %s  %.2f steps/s  waiting %.0f %%  %.0f s left",
+            record.step + 1, self._steps, _words(shown), rate, 100 * self._wait_s / spent_s, (self._steps - record.step - 1) / rate,
+        )  # fmt: skip
+
+
+class _LiveLine:
+    def __init__(self, first_step: int, steps: int) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task: TaskID = self._progress.add_task("", total=steps, completed=first_step)
+        self._progress.start()
+
+    def update(self, record: StepRecord) -> None:
+        self._progress.update(self._task, advance=1, description=_words({"loss": record.loss, "lr": record.lr, **record.shares}))
+
+    def stop(self) -> None:
+        self._progress.stop()
 
 
 def write_loss_curve(metrics: Path, picture: Path) -> None:
-    """Draw the smoothed loss of metrics.jsonl as a PNG."""
-    lines = _lines(metrics)
+    """Draw the smoothed loss of metrics.jsonl as a PNG; steps whose loss was not finite are left out."""
+    lines = [line for line in _lines(metrics) if line["loss"] is not None]
     points = []
     for start in range(0, len(lines), _SMOOTH_STEPS):
         window = lines[start : start + _SMOOTH_STEPS]
@@ -61,8 +154,22 @@ def write_loss_curve(metrics: Path, picture: Path) -> None:
     picture.write_bytes(line_plot([Series("loss", tuple(points))], title="Training loss", x_label="step", y_label="loss"))
 
 
-def _lines(path: Path) -> list[dict[str, float]]:
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break is torn
-    return [json.loads(line) for line in lines]
+def _words(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _offset_of_step(metrics: Path, step: int) -> int:
+    """Count the bytes of the lines of the steps before step."""
+    text = metrics.read_bytes() if metrics.is_file() else b""
+    offset = 0
+    for _ in range(step):
+        end = text.find(b"\n", offset)
+        if end < 0:
+            raise TrainingError(f"{metrics} lacks steps before {step}, where the run resumes; put the file back, or remove the run folder")
+        offset = end + 1
+    return offset
+
+
+def _lines(metrics: Path) -> list[dict[str, Any]]:
+    text = metrics.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n")[:-1]]  # what follows the last line break is torn

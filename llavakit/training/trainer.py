@@ -1,154 +1,220 @@
 """The training loop.
 
-Owns: the order of things in a step. Batches (data), saves (state), schedule (optim) and records (reporting) are objects it calls.
+Owns: the order of things in a step. Batches (workers), the loss (objectives), updates (optim), saves (state) and records
+(reporting) are objects that it calls.
 Invariants: the loss is the sum over supervised positions of all microbatches divided by their number; after kill -9 at any
 moment the same command continues with bit-identical losses; every run leaves its resolved config beside its metrics.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import signal
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from llavakit.config import run_config_to_dict
-from llavakit.errors import TrainingError
+from llavakit.errors import DataError, TrainingError
 from llavakit.logs import logger
-from llavakit.model.llava import LossTerms
 from llavakit.model.surgery import freeze
 from llavakit.storage.documents import write_json
 from llavakit.training.config import TrainConfig
-from llavakit.training.data import BatchSource, load_batches
+from llavakit.training.data import BatchSource, batch_digest
+from llavakit.training.objectives import NUM_SAMPLES, NUM_TOKENS, Objective, PackedLoss
 from llavakit.training.optim import build_optimizers, clip_gradients, lr_scale, set_lr
-from llavakit.training.reporting import MetricsLog, write_loss_curve
-from llavakit.training.state import RunState, load_state, save_state
+from llavakit.training.reporting import Reporter, RunReporter, StepRecord, write_loss_curve
+from llavakit.training.state import RunState, Saves, run_lock
+from llavakit.training.workers import BatchLoader
 
-__all__ = ["Trainable", "train"]
+__all__ = ["TrainResult", "Trainer", "train"]
 
 _LOG = logger("training")
-_MAX_BAD_STEPS = 3
+_MAX_SKIPPED_IN_ROW = 3
 
 
-class Trainable(Protocol):
-    """A model that knows its loss: the only entry of training."""
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a finished run went."""
 
-    def loss_packed(self, batch: Any, *, dtype: torch.dtype | None = None) -> LossTerms:
-        """Return the summed loss of a batch, activations in dtype."""
-        ...
+    steps: int
+    """Steps done in all."""
+    first_step: int
+    """Where this process began; above 0 when it resumed."""
+    num_skipped: int
+    """Updates left out because loss or gradient was not finite."""
+    loss: float | None
+    """Loss of the last step; None when the run was finished before."""
 
 
-def train(model: nn.Module, source: BatchSource, config: TrainConfig, run_dir: Path) -> None:
-    """Train a model in place, resuming from run_dir when it holds a save of the same run.
+def train(model: nn.Module, source: BatchSource, config: TrainConfig, run_dir: Path) -> TrainResult:
+    """Train a model on its own loss_packed, resuming from run_dir, with the usual files and progress; see Trainer.
 
-    Writes config.json, metrics.jsonl, loss.png and step-N saves into run_dir. Ctrl-C and SIGTERM save and raise.
-    Raises: TrainingError when interrupted, when the loss is not finite three times in a row, or on other settings' saves.
+    Writes config.json, metrics.jsonl, loss.png and the saves into run_dir.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    resolved = run_config_to_dict(config)
-    write_json(run_dir / "config.json", resolved)
-    for row in freeze(model, config.trainable):
-        _LOG.info("training %s: %d tensors, %d parameters", row.pattern, row.num_tensors, row.num_parameters)
-    parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    state = RunState(parameters, build_optimizers(parameters, config.optim))
-    key = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
-    if load_state(state, run_dir, config_key=key):
-        _LOG.info("resuming at step %d", state.step)
-    if state.step < config.steps:
-        _Loop(model, source, config, run_dir, state, key).run()
-    write_loss_curve(run_dir / "metrics.jsonl", run_dir / "loss.png")
+    metrics = run_dir / "metrics.jsonl"
+    reporter = RunReporter(metrics, log_every_s=config.log_every_s, is_terminal=sys.stderr.isatty())
+    result = Trainer(model, PackedLoss(config.compute_dtype), source, config, reporter, run_dir).run()
+    write_loss_curve(metrics, run_dir / "loss.png")
+    return result
 
 
-class _Loop:
-    def __init__(self, model: Any, source: BatchSource, config: TrainConfig, run_dir: Path, state: RunState, key: str) -> None:
-        self.model, self.config, self.run_dir, self.state, self.key = model, config, run_dir, state, key
-        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.compute_dtype]
-        first, stop = state.step * config.microbatches, config.steps * config.microbatches
-        self.batches = load_batches(source, first=first, stop=stop, workers=config.workers)
-        self.log = MetricsLog(run_dir / "metrics.jsonl", first_step=state.step, steps=config.steps, log_every_s=config.log_every_s)
-        self.wait_s, self.bad_steps = 0.0, 0
+class Trainer:
+    """Train a model in place; everything that is not the order of a step is done by the objects it is given."""
 
-    def run(self) -> None:
+    def __init__(
+        self, model: nn.Module, objective: Objective, source: BatchSource, config: TrainConfig, reporter: Reporter, run_dir: Path
+    ) -> None:
+        """Freeze what config does not train and build the optimisers. Raises: ConfigError when a pattern matches nothing."""
+        self.model, self.objective, self.source, self.config, self.reporter = model, objective, source, config, reporter
+        self.run_dir = run_dir
+        self._last_batch: Any = None
+        for row in freeze(model, config.trainable):
+            _LOG.info("training %s: %d tensors, %d parameters", row.pattern, row.num_tensors, row.num_parameters)
+        parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.state = RunState(parameters, build_optimizers(parameters, config.optim))
+        shapes = {name: tuple(weight.shape) for name, weight in parameters.items()}
+        self.saves = Saves(run_dir, identity={**config.identity(), "parameters": shapes}, keep_last=config.save.keep_last)
+
+    def run(self) -> TrainResult:
+        """Train to the last step, from the newest save in run_dir when there is one.
+
+        Ctrl-C and SIGTERM finish the step, save and raise; a second one raises KeyboardInterrupt at once.
+        Raises: TrainingError when interrupted, when loss or gradient is not finite three times in a row, when run_dir is in use
+        or belongs to a run with other settings or data; DataError and StorageError as they come.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with run_lock(self.run_dir):
+            if self.saves.restore_newest(self.state):
+                self._check_data()
+                _LOG.info("resuming at step %d", self.state.step)
+            write_json(self.run_dir / "config.json", run_config_to_dict(self.config))
+            first_step, loss = self.state.step, None
+            if first_step < self.config.steps:
+                loss = self._train()
+        return TrainResult(self.state.step, first_step, self.state.num_skipped, loss)
+
+    def _check_data(self) -> None:
+        """Refuse to go on with other data: the source must still give the batch that the save saw last."""
+        number = self.state.step * self.config.microbatches - 1
+        if batch_digest(self.source.batch(number)) != self.state.batch_digest:
+            raise TrainingError(
+                f"{self.run_dir} was trained on other data (batch {number} differs); use another folder, or remove it to start over"
+            )
+
+    def _train(self) -> float:
+        first, stop = self.state.step * self.config.microbatches, self.config.steps * self.config.microbatches
         self.model.train()
-        saved_at = time.monotonic()
-        with _stop_signals() as stopped:
-            while self.state.step < self.config.steps and not stopped:
-                values = self._step()
-                self.log.record(self.state.step, values, wait_s=self.wait_s)
-                self.state.step += 1
-                if time.monotonic() - saved_at >= self.config.save.every_s:
-                    self._save()
-                    saved_at = time.monotonic()
-        self._save()
-        self.log.close()
+        saved_at, loss = time.monotonic(), math.nan
+        with BatchLoader(self.source, first=first, stop=stop, workers=self.config.workers) as batches, _stop_signals() as received:
+            self.reporter.begin(self.state.step, self.config.steps)
+            try:
+                while self.state.step < self.config.steps and not received:
+                    record = self._step(batches)
+                    self.reporter.record(record)
+                    self.state.step, loss = self.state.step + 1, record.loss
+                    is_last = self.state.step == self.config.steps or bool(received)
+                    if is_last or time.monotonic() - saved_at >= self.config.save.every_s:
+                        self._save()
+                        saved_at = time.monotonic()
+            finally:
+                self.reporter.close()
         self.model.eval()
-        if stopped:
+        if self.state.step < self.config.steps:
             raise TrainingError(f"stopped at step {self.state.step} of {self.config.steps} and saved; run the same command again to go on")
+        return loss
 
-    def _step(self) -> dict[str, float]:
-        config, parameters = self.config, list(self.state.parameters.values())
-        lr = config.optim.lr * lr_scale(config.optim, self.state.step, config.steps)
-        set_lr(self.state.optimizers, lr)
-        total, weight = 0.0, 0
-        counters: dict[str, int] = {}
-        self.wait_s = 0.0
-        for _ in range(config.microbatches):
+    def _save(self) -> None:
+        self.reporter.sync()
+        self.state.batch_digest = batch_digest(self._last_batch)
+        self.saves.write(self.state)
+
+    def _step(self, batches: Iterator[Any]) -> StepRecord:
+        began, wait_s, total, weight = time.monotonic(), 0.0, 0.0, 0
+        counters: Counter[str] = Counter()
+        for _ in range(self.config.microbatches):
             asked = time.monotonic()
-            batch = next(self.batches)
-            self.wait_s += time.monotonic() - asked
-            terms: LossTerms = self.model.loss_packed(batch, dtype=self.dtype)
+            batch = next(batches)
+            wait_s += time.monotonic() - asked
+            terms = self.objective.loss(self.model, batch)
             terms.sum.backward()
-            total, weight = total + float(terms.sum.detach()), weight + int(terms.weight)
-            for name, value in terms.metrics.items():
-                counters[name] = counters.get(name, 0) + int(value)
-        torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], float(weight))
-        norm = float(clip_gradients(parameters, config.optim.clip_norm))
-        self._update(is_finite=math.isfinite(total) and math.isfinite(norm))
-        shares = {name.removeprefix("num_"): value / max(1, counters[base]) for name, base, value in _shares(counters)}
-        return {"loss": total / weight, "lr": lr, "grad_norm": norm, **shares}
+            total, weight = total + float(terms.sum.detach()), weight + int(terms.weight)  # waits for the device
+            counters.update({name: int(value) for name, value in terms.metrics.items()})
+        self._last_batch = batch
+        lr = self.config.optim.lr * lr_scale(self.config.optim, self.state.step, self.config.steps)
+        grad_norm = self._update(lr, weight, is_finite=math.isfinite(total))
+        num_tokens, num_samples = counters.pop(NUM_TOKENS, 0), counters.pop(NUM_SAMPLES, 0)
+        return StepRecord(
+            step=self.state.step,
+            loss=total / weight,
+            lr=lr,
+            grad_norm=grad_norm,
+            shares=_shares(counters),
+            num_tokens=num_tokens,
+            num_samples=num_samples,
+            wait_s=wait_s,
+            step_s=time.monotonic() - began,
+        )
 
-    def _update(self, *, is_finite: bool) -> None:
-        if is_finite:
-            self.bad_steps = 0
+    def _update(self, lr: float, weight: int, *, is_finite: bool) -> float:
+        """Turn the summed gradient into a mean, clip it and step; returns its norm before clipping."""
+        if weight == 0:
+            raise DataError(f"step {self.state.step} has no supervised position; check the samples' answers")
+        parameters = list(self.state.parameters.values())
+        torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], float(weight))
+        grad_norm = float(clip_gradients(parameters, self.config.optim.clip_norm))
+        if is_finite and math.isfinite(grad_norm):
+            self.state.num_skipped_in_row = 0
+            set_lr(self.state.optimizers, lr)
             for optimizer in self.state.optimizers:
                 optimizer.step()
         else:
-            self.bad_steps += 1
-            _LOG.warning("step %d: loss or gradient is not finite; update skipped", self.state.step)
-            if self.bad_steps == _MAX_BAD_STEPS:
-                raise TrainingError(f"loss or gradient was not finite {_MAX_BAD_STEPS} times in a row; lower the learning rate")
-        for optimizer in self.state.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            self._skip()
+        for parameter in parameters:
+            parameter.grad = None
+        return grad_norm
 
-    def _save(self) -> None:
-        save_state(self.state, self.run_dir, config_key=self.key, keep_last=self.config.save.keep_last)
+    def _skip(self) -> None:
+        state = self.state
+        state.num_skipped, state.num_skipped_in_row = state.num_skipped + 1, state.num_skipped_in_row + 1
+        _LOG.warning("step %d: loss or gradient is not finite; update skipped", state.step)
+        if state.num_skipped_in_row == _MAX_SKIPPED_IN_ROW:
+            raise TrainingError(
+                f"loss or gradient was not finite {_MAX_SKIPPED_IN_ROW} times in a row, last at step {state.step}; lower the learning rate"
+            )
 
 
-def _shares(counters: dict[str, int]) -> Iterator[tuple[str, str, int]]:
-    """Pair each counter of right answers with the first counter, which says out of how many."""
-    base = next(iter(counters), "")
-    for name, value in counters.items():
-        if name != base:
-            yield name, base, value
+def _shares(counters: Mapping[str, int]) -> dict[str, float]:
+    """Divide each counter by the first one, which says out of how many."""
+    if not counters:
+        return {}
+    base, *others = counters
+    return {name.removeprefix("num_"): counters[name] / max(1, counters[base]) for name in others}
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying from them: the loop looks after each step."""
+    """Collect the first SIGINT or SIGTERM instead of dying from it: the loop looks after each step. A second one interrupts."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
         received.append(number)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may set handlers
+        return
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received

@@ -1,0 +1,129 @@
+"""Instruction data in LLaVA's own JSON: a list of {"id", "image", "conversations": [{"from", "value"}, ...]}.
+
+Owns: checking all records before the first step, turning a record into a Conversation, finding its picture.
+Refuses: URLs and pictures outside the picture folder. As in LLaVA, `<image>` markers are removed and the pictures come first in
+their turn, and a conversation that the model opens loses that first turn. Sources: llava/train/train.py (preprocess_multimodal).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llavakit.errors import DataError, PromptError
+from llavakit.geometry import num_image_tokens
+from llavakit.processing.chat import encode_segments
+from llavakit.processing.processor import LlavaProcessor
+from llavakit.training.data import Sample, sample_of_prompt
+from llavakit.types import Conversation, ImagePart, Message, TextPart
+
+__all__ = ["RecordSource"]
+
+_MARKER = "<image>"
+_ROLES = {"human": "user", "gpt": "assistant"}
+_MAX_LISTED = 20
+_NO_BYTES = b""
+
+
+class RecordSource:
+    """Samples from a JSON file of records and a folder of pictures; sample(i) is record i."""
+
+    def __init__(self, records: Path, pictures: Path, processor: LlavaProcessor) -> None:
+        """Read and check all records. Raises: DataError listing what is wrong with them; pictures are opened only by sample."""
+        self._pictures, self._processor = pictures.resolve(), processor
+        try:
+            values = json.loads(records.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {records}: {error}") from error
+        if not isinstance(values, list) or not values:
+            raise DataError(f"{records} must hold a JSON list of records, got {type(values).__name__}")
+        self._records = values
+        problems = [f"record {index}: {problem}" for index, record in enumerate(values) if (problem := _problem(record))]
+        if problems:
+            more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+            raise DataError(f"{records} has {len(problems)} records that cannot train:\n  " + "\n  ".join(problems[:_MAX_LISTED]) + more)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def sample(self, index: int) -> Sample:
+        """Build the sample of a record. Raises: DataError, ImageError, PromptError."""
+        record = self._records[index]
+        pictures = [self._read_picture(name) for name in _picture_names(record)]
+        return sample_of_prompt(self._processor.prompt(_conversation(record, pictures), add_generation_prompt=False))
+
+    def lengths(self) -> list[int]:
+        """Count the tokens of all samples without opening a picture."""
+        return [self._length(record) for record in self._records]
+
+    def _length(self, record: Mapping[str, Any]) -> int:
+        processor = self._processor
+        names = _picture_names(record)
+        segments = processor.template.segments(_conversation(record, [_NO_BYTES] * len(names)), add_generation_prompt=False)
+        tokenizer = processor.tokenizer
+        encoded = encode_segments(
+            segments,
+            tokenizer.encode_text,
+            bos_id=tokenizer.bos_token_id,
+            eos_id=tokenizer.eos_token_id,
+            image_id=processor.image_token_id,
+            slots=[num_image_tokens(processor.grid)] * len(names),
+        )
+        return len(encoded.ids)
+
+    def _read_picture(self, name: str) -> bytes:
+        path = (self._pictures / name).resolve()
+        if not path.is_relative_to(self._pictures):
+            raise DataError(f"picture {name!r} lies outside the picture folder")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read picture {name!r}: {error.strerror}") from error
+
+
+def _problem(record: Any) -> str | None:
+    """Say why a record cannot become a conversation; None when it can."""
+    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
+        return 'must be a table with a list "conversations"'
+    for turn in record["conversations"]:
+        if not isinstance(turn, dict) or turn.get("from") not in _ROLES or not isinstance(turn.get("value"), str):
+            return f'turns need "from" (human or gpt) and "value" (text), got {turn!r:.80}'
+    names = _picture_names(record)
+    if not all(isinstance(name, str) for name in names):
+        return f'"image" must be a file name or a list of them, got {record["image"]!r:.80}'
+    num_markers = sum(turn["value"].count(_MARKER) for turn in record["conversations"] if turn["from"] == "human")
+    if num_markers != len(names):
+        return f"has {num_markers} {_MARKER} markers in human turns but {len(names)} pictures"
+    try:
+        conversation = _conversation(record, [_NO_BYTES] * len(names))
+    except PromptError as error:
+        return str(error)
+    return None if any(message.role == "assistant" for message in conversation.messages) else "has no answer to learn"
+
+
+def _picture_names(record: Mapping[str, Any]) -> Sequence[Any]:
+    image = record.get("image")
+    if image is None:
+        return ()
+    return image if isinstance(image, list) else (image,)
+
+
+def _conversation(record: Mapping[str, Any], pictures: Sequence[bytes]) -> Conversation:
+    turns = record["conversations"]
+    if turns and turns[0]["from"] == "gpt":
+        turns = turns[1:]
+    remaining = list(pictures)
+    messages = []
+    for turn in turns:
+        value = turn["value"]
+        if turn["from"] == "gpt":
+            messages.append(Message("assistant", (TextPart(value),)))
+            continue
+        count = value.count(_MARKER)
+        images = tuple(ImagePart(data) for data in remaining[:count])
+        del remaining[:count]
+        text = value.replace(_MARKER, "").strip() if count else value
+        messages.append(Message("user", (*images, TextPart(text))))
+    return Conversation(tuple(messages))

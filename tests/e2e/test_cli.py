@@ -1,0 +1,157 @@
+"""The command line as a user meets it: in its own process, on a tiny checkpoint."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from llavakit.cli.main import run
+from llavakit.world.render import render, to_png
+from llavakit.world.scenes import Backdrop, Scene
+from tests.tiny import save_llava
+
+RUN = "import sys; from llavakit.cli.main import main; sys.argv[0] = 'llava'; main()"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_llava(tmp_path_factory.mktemp("cli") / "model"))
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("cli") / "picture.png"
+    path.write_bytes(to_png(render(Scene((), Backdrop("plain", (9, 99, 199), (0, 0, 0), 0)), 30, 20)))
+    return str(path)
+
+
+@pytest.fixture
+def llava(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Run a command in this process, as main() does."""
+
+    def command(*arguments: str, text: str = "") -> Done:
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        code = run(arguments)
+        return Done(code, *capsys.readouterr())
+
+    return command
+
+
+def imported(code: str) -> set[str]:
+    """Names of all modules that are loaded after the code ran."""
+    head = "import sys, contextlib, io\nwith contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+    script = f"{head}    {code}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=True)
+    return set(done.stdout.split())
+
+
+def test_help_lists_the_commands_and_imports_nothing_heavy(llava: Callable[..., Done]) -> None:
+    done = llava("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("ask", "chat", "inspect", "doctor", "reproduce"))
+    modules = imported("sys.argv = ['llava', '--help']; from llavakit.cli.main import main; main()")
+    assert not modules & {"torch", "numpy", "PIL", "pydantic"}
+
+
+def test_answering_imports_neither_dynamo_nor_sympy(model: str, image: str) -> None:
+    call = f"sys.argv = ['llava', 'ask', {image!r}, 'what?', '--model', {model!r}, '--max-tokens', '3']"
+    modules = imported(f"{call}; from llavakit.cli.main import main; main()")
+    assert "torch" in modules
+    assert not modules & {"torch._dynamo", "sympy", "transformers"}
+
+
+def test_ask_prints_the_answer_alone_on_stdout(llava: Callable[..., Done], model: str, image: str) -> None:
+    done = llava("ask", image, "what is there?", "--model", model, "--max-tokens", "8")
+    assert done.returncode == 0
+    assert done.stdout.endswith("\n")
+    assert done.stderr == ""
+
+
+def test_ask_json_counts_tokens(llava: Callable[..., Done], model: str, image: str) -> None:
+    done = llava("ask", image, "what is there?", "--model", model, "--max-tokens", "8", "--json")
+    values = json.loads(done.stdout)
+    assert set(values) == {"text", "finish_reason", "usage"}
+    assert values["usage"]["completion_tokens"] <= 8
+
+
+def test_chat_takes_commands_and_goes_on_after_mistakes(llava: Callable[..., Done], model: str, image: str) -> None:
+    lines = f"what is there?\n/image {image}\nand here?\n/image nowhere.png\n/reset\nagain?\n/quit\nnever asked\n"
+    done = llava("chat", image, "--model", model, "--max-tokens", "4", text=lines)
+    assert done.returncode == 0
+    assert len(done.stdout.split("\n")) >= 4
+    assert "there is no picture nowhere.png" in done.stderr
+
+
+def test_inspect_reads_headers_alone(llava: Callable[..., Done], model: str) -> None:
+    values = json.loads(llava("inspect", model, "--json").stdout)
+    assert values["kind"] == "llava (llava-hf layout)"
+    assert values["parameters"] == sum(values["parts"].values())
+    assert values["template"] == "v1 (with system line)"
+
+
+def test_doctor_says_what_will_run(llava: Callable[..., Done]) -> None:
+    values = json.loads(llava("doctor", "--json").stdout)
+    assert "miniature" in values["will run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("ask",), 2, "--help"),
+        (("nonsense",), 2, "nonsense"),
+        (("ask", "{image}", "q", "--model", "no/such/folder"), 3, "no/such/folder"),
+        (("ask", "{image}", "q", "--model", "{image}"), 3, "is a file"),
+        (("ask", "missing.png", "q", "--model", "{model}"), 4, "there is no picture missing.png"),
+        (("ask", "/dev/zero", "q", "--model", "{model}"), 4, "not a regular file"),
+        (("ask", "{text}", "q", "--model", "{model}"), 4, "not a JPEG"),
+        (("ask", "{image}", "q", "--model", "{model}", "--temperature", "nan"), 4, "temperature"),
+        (("ask", "{image}", "circle {long}", "--model", "{model}"), 4, "tokens"),
+    ],
+)
+def test_errors_are_one_line_and_a_code(
+    llava: Callable[..., Done], arguments: tuple[str, ...], code: int, message: str, model: str, image: str, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.png"
+    text.write_text("this is no picture")
+    values = {"{image}": image, "{model}": model, "{text}": str(text)}
+    done = llava(*(values.get(argument, argument.replace("{long}", "circle " * 300)) for argument in arguments))
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_control_c_ends_cleanly(model: str) -> None:
+    command = [sys.executable, "-c", RUN, "chat", "--model", model]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stderr is not None
+    assert "/image PATH" in process.stderr.readline()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.strip().endswith("interrupted")
+
+
+def test_a_closed_pipe_is_quiet(model: str, image: str) -> None:
+    command = f"{sys.executable} -c \"{RUN}\" ask {image} 'what is there?' --model {model} | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=False)
+    assert done.stderr == ""

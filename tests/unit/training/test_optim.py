@@ -1,0 +1,52 @@
+"""Optimisers: groups, schedules, clipping."""
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from llavakit.training.config import OptimConfig
+from llavakit.training.optim import build_optimizers, clip_gradients, lr_scale, set_lr
+from tests.toy_run import toy_core
+
+
+def test_only_matrices_decay() -> None:
+    parameters = dict(toy_core().named_parameters())
+    (adamw,) = build_optimizers(parameters, OptimConfig(lr=0.1, weight_decay=0.3))
+    by_decay = {group["weight_decay"]: group["params"] for group in adamw.param_groups}
+    assert {weight.dim() for weight in by_decay[0.3]} == {2}
+    assert {weight.dim() for weight in by_decay[0.0]} == {1}
+    assert sum(map(len, by_decay.values())) == len(parameters)
+
+
+def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest() -> None:
+    parameters = dict(toy_core().named_parameters())
+    adamw, muon = build_optimizers(parameters, OptimConfig(lr=0.1, name="muon"))
+    inner = {id(weight) for group in muon.param_groups for weight in group["params"]}
+    assert inner == {id(weight) for name, weight in parameters.items() if ".layers." in name and weight.dim() == 2}
+    rest = {id(weight) for group in adamw.param_groups for weight in group["params"]}
+    assert inner | rest == {id(weight) for weight in parameters.values()}
+    assert not inner & rest
+
+
+def test_schedules_at_their_corners() -> None:
+    cosine = OptimConfig(lr=1.0, warmup_steps=10, final_lr_share=0.1)
+    assert [lr_scale(cosine, step, 110) for step in (0, 9, 10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert lr_scale(cosine, 60, 110) == pytest.approx(0.55)
+    wsd = OptimConfig(lr=1.0, schedule="wsd", decay_share=0.2)
+    assert [lr_scale(wsd, step, 100) for step in (0, 80, 90, 99)] == pytest.approx([1.0, 1.0, 0.5, 0.05])
+    assert lr_scale(OptimConfig(lr=1.0, schedule="constant"), 99, 100) == 1.0
+
+
+def test_the_rate_reaches_all_groups() -> None:
+    optimizers = build_optimizers(dict(toy_core().named_parameters()), OptimConfig(lr=0.1, name="muon"))
+    set_lr(optimizers, 0.25)
+    assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.25}
+
+
+def test_clipping_returns_the_norm_from_before() -> None:
+    weight = Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert float(clip_gradients([weight], None)) == 5.0
+    assert weight.grad.tolist() == [3.0, 4.0]
+    clip_gradients([weight], 1.0)
+    assert weight.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
