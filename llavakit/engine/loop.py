@@ -50,7 +50,7 @@ class _Batch:
         self.core, self.requests = core, requests
         self.rows = list(range(len(requests)))
         self.generators = [_generator(request) for request in requests]
-        config, weight = core.text_config, core.get_parameter(_EMBEDDING[isinstance(core, LlavaCore)])
+        config, weight = core.text_config, core.get_input_embeddings().weight
         self.dtype, self.device = weight.dtype, weight.device
         capacity = max(len(request.prompt.ids) + request.max_tokens for request in requests)
         shape = CacheShape(
@@ -112,9 +112,6 @@ class _Batch:
             self.cache.keep(going)
         self.rows = [self.rows[position] for position in going]
         return [tokens[position] for position in going]
-
-
-_EMBEDDING = {True: "language_model.model.embed_tokens.weight", False: "model.embed_tokens.weight"}
 
 
 def _generator(request: Request) -> torch.Generator:

@@ -89,6 +89,10 @@ class LlamaConfig(ModelConfig):
         """Width of a head, resolved."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
+    def get_text_config(self) -> LlamaConfig:
+        """Return the language model's config: this one."""
+        return self
+
     def validate(self) -> None:
         """Check divisibility and token ids. Raises: ConfigError."""
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
@@ -233,6 +237,10 @@ class LlavaConfig(ModelConfig):
         """The image tokens of one picture."""
         has_cls = self.vision_feature_select_strategy == "full"
         return patch_grid(self.vision_config.image_size, self.vision_config.patch_size, has_cls=has_cls)
+
+    def get_text_config(self) -> LlamaConfig:
+        """Return the language model's config."""
+        return self.text_config
 
     def validate(self) -> None:
         """Check the parts and that the feature layer exists. Raises: ConfigError."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llavakit.errors import InputError
 from llavakit.model.config import LlamaConfig, LlavaConfig
 from llavakit.model.decoder import LlamaDecoder
-from llavakit.model.linear import Linear
+from llavakit.model.linear import Embedding, Linear
 from llavakit.model.projector import MultiModalProjector
 from llavakit.model.vision import ClipVisionTower
 from llavakit.ops.attention import Attention, Packed
@@ -69,6 +69,10 @@ class LlamaCore(nn.Module):
         """The language model's config."""
         return self.config
 
+    def get_input_embeddings(self) -> Embedding:
+        """Return the table of token embeddings."""
+        return self.model.embed_tokens
+
     def embed(self, ids_T: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """Look up x_TD, cast to dtype (the weights' own if None)."""
         x_TD: Tensor = self.model.embed_tokens(ids_T)
@@ -107,6 +111,10 @@ class LlavaCore(nn.Module):
     def text_config(self) -> LlamaConfig:
         """The language model's config."""
         return self.config.text_config
+
+    def get_input_embeddings(self) -> Embedding:
+        """Return the language model's table of token embeddings."""
+        return self.language_model.get_input_embeddings()
 
     def encode_images(self, pixels_N3SS: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """Turn N pictures into projected features_FD, picture by picture; gradients reach the tower only where it is trainable."""

@@ -66,5 +66,4 @@ class PretrainedFiles(nn.Module):
     def init_if_real(self) -> None:
         """Give a fresh model random weights from torch's global generator; a model on the meta device gets none."""
         if self.device.type != "meta":
-            text = getattr(self.config, "text_config", self.config)
-            init_weights(self, text.initializer_range, torch.default_generator)
+            init_weights(self, self.config.get_text_config().initializer_range, torch.default_generator)

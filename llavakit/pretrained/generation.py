@@ -52,7 +52,7 @@ class Generation(nn.Module):
         if images is not None and pixel_values is not None:
             raise InputError("images and pixel_values are the same thing; give one of them")
         prompts, input_ids = self._prompts(input_ids, attention_mask, pixels)
-        text = getattr(self.config, "text_config", self.config)
+        text = self.config.get_text_config()
         ends = text.eos_token_id if eos_token_id is None else eos_token_id
         end_ids = frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
         requests = [

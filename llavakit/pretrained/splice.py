@@ -1,18 +1,18 @@
 """Putting picture features into batches of ids, as original LLaVA and transformers do.
 
-Owns: splice. One image id (-200 or image_token_index) standing alone becomes all features of the next picture; a run of
-exactly as many ids as a picture has features keeps its place.
+Owns: splice. A placeholder (-200, or image_token_index on its own) becomes all features of the next picture; a run of
+image_token_index that is as long as one or several pictures' features is already expanded and keeps its place.
 Legend: B rows  S positions  D model width  N pictures  P features per picture
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llavakit.errors import InputError
 from llavakit.model.llava import IMAGE_PLACEHOLDER
 from llavakit.ops.loss import IGNORE
 
@@ -29,18 +29,18 @@ class Spliced:
 
 
 def splice(ids_BS: Tensor, attention_mask: Tensor | None, labels: Tensor | None, *, image_id: int, tokens_per_image: int) -> Spliced:
-    """Expand lone image ids to tokens_per_image ids, fill shorter rows up on the right, and mask what was added.
+    """Expand placeholders to tokens_per_image ids, fill shorter rows up on the right, and mask what was added.
 
-    Raises: InputError when a run of image ids is neither 1 nor a multiple of tokens_per_image long.
+    Whether the ids fit the pictures is checked where the features are put in their place (LlavaCore.embed).
     """
-    ids_BS = ids_BS.masked_fill(ids_BS == IMAGE_PLACEHOLDER, image_id)
-    is_image_BS = ids_BS == image_id
-    repeats = torch.where(is_image_BS, _repeats(is_image_BS, tokens_per_image), 1)
+    is_placeholder_BS = (ids_BS == IMAGE_PLACEHOLDER) | _is_unexpanded(ids_BS == image_id, tokens_per_image)
+    ids_BS = ids_BS.masked_fill(is_placeholder_BS, image_id)
+    repeats = torch.where(is_placeholder_BS, tokens_per_image, 1)
     if bool((repeats == 1).all()):
         return Spliced(ids_BS, attention_mask, labels)
     mask_BS = torch.ones_like(ids_BS) if attention_mask is None else attention_mask
     width = int(repeats.sum(1).max())
-    labels_BS = None if labels is None else labels.masked_fill(is_image_BS, IGNORE)
+    labels_BS = None if labels is None else labels.masked_fill(is_placeholder_BS, IGNORE)
     return Spliced(
         _widen(ids_BS, repeats, width, 0),
         _widen(mask_BS, repeats, width, 0),
@@ -48,21 +48,16 @@ def splice(ids_BS: Tensor, attention_mask: Tensor | None, labels: Tensor | None,
     )
 
 
-def _repeats(is_image_BS: Tensor, tokens_per_image: int) -> Tensor:
-    repeats = torch.ones_like(is_image_BS, dtype=torch.int64)
+def _is_unexpanded(is_image_BS: Tensor, tokens_per_image: int) -> Tensor:
+    """Mark the image ids in runs whose length is no multiple of tokens_per_image."""
+    is_unexpanded_BS = torch.zeros_like(is_image_BS)
     for row, is_image_S in enumerate(is_image_BS.tolist()):
-        start = None
-        for position, is_image in enumerate([*is_image_S, False]):
-            if is_image and start is None:
-                start = position
-            elif not is_image and start is not None:
-                length = position - start
-                if length == 1:
-                    repeats[row, start] = tokens_per_image
-                elif length % tokens_per_image:
-                    raise InputError(f"row {row} has {length} image ids in a row; a picture is 1 id, or {tokens_per_image} of them")
-                start = None
-    return repeats
+        start = 0
+        for is_image, group in itertools.groupby(is_image_S):
+            stop = start + len(list(group))
+            is_unexpanded_BS[row, start:stop] = is_image and (stop - start) % tokens_per_image != 0
+            start = stop
+    return is_unexpanded_BS
 
 
 def _widen(values_BS: Tensor, repeats_BS: Tensor, width: int, fill: int) -> Tensor:
