@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,8 @@ STEPS = 30
 
 def run_once(run_dir: Path, every_s: float) -> None:
     torch.set_num_threads(1)
-    random.seed(0)  # a fork seeds it anew; the state is part of a save
+    random.seed(0)  # these states are part of a save, and fresh ones differ from process to process
+    np.random.seed(0)
     optim = OptimConfig(name="muon", lr=1e-2, weight_decay=0.1, clip_norm=1.0, schedule="wsd", warmup_steps=4)
     config = toy_config(steps=STEPS, optim=optim, workers=1, save=SaveConfig(every_s=every_s), compute_dtype="bfloat16")
     train(toy_core(), toy_source(), config, run_dir)
@@ -71,7 +73,8 @@ def check_kills(tmp_path: Path, kills: int, seed: int) -> None:
     with TensorFolder(tmp_path / "whole" / last) as whole, TensorFolder(tmp_path / "cut" / last) as cut:
         names = list(whole.in_file_order())
         assert names == list(cut.in_file_order())
-        assert all(torch.equal(whole.read(name), cut.read(name)) for name in names)
+        different = [name for name in names if not torch.equal(whole.read(name), cut.read(name))]
+        assert different == [], f"seed {seed}, killed at {points}"
     assert not list((tmp_path / "cut").glob(".*.tmp-*"))
 
 
