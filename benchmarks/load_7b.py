@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness import write_result
 from llavakit.checkpoint.load import load_core
 from llavakit.model.config import LlamaConfig, LlavaConfig
 from llavakit.model.llava import LlavaCore
 from llavakit.storage.tensors import write_tensors
 
-RESULT = Path(__file__).parent / "results" / "load_7b.json"
 ALLOWANCE_BYTES = 1_000_000_000
 SHARD_BYTES = 5_000_000_000
 TARGETS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,19 +46,11 @@ def main() -> int:
         num_parameters = write_checkpoint(Path(name), shape_of_7b(options.shrink))
         rows = [run_child(Path(name), dtype) for dtype in TARGETS]
     is_within = all(row["peak_bytes"] <= row["limit_bytes"] for row in rows)
-    result = {
-        "command": "python -m benchmarks.load_7b" + (f" --shrink {options.shrink}" if options.shrink > 1 else ""),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
-        "parameters": num_parameters,
-        "stored_dtype": "bfloat16",
-        "is_within_limit": is_within,
-        "rows": rows,
-    }
-    print(json.dumps(result, indent=2))
+    values = {"parameters": num_parameters, "stored_dtype": "bfloat16", "is_within_limit": is_within, "rows": rows}
     if options.shrink == 1:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result("load_7b", "python -m benchmarks.load_7b", values)
+    else:
+        print(json.dumps(values, indent=2))
     return 0 if is_within else 1
 
 

@@ -13,7 +13,7 @@ from cyclopts import App
 from llavakit import __version__
 from llavakit.cli.exits import run_command
 
-__all__ = ["main", "run"]
+__all__ = ["build_app", "main", "run"]
 
 _COMMANDS = (
     ("ask", "Ask a question about a picture."),
@@ -24,7 +24,8 @@ _COMMANDS = (
 )
 
 
-def _app() -> App:
+def build_app() -> App:
+    """Build the parser of all commands; none is imported before it is called."""
     app = App(
         name="llava",
         help="LLaVA: ask pictures questions, train and study the model.",
@@ -44,5 +45,5 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
-    app = _app()
+    app = build_app()
     return run_command(lambda: app(arguments, exit_on_error=False, print_error=False))

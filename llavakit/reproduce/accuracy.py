@@ -1,19 +1,21 @@
 """The examination as a stage: ask, tabulate, write the report.
 
-Owns: which conditions are examined on how many scenes, scores.json and report.html.
+Owns: which conditions are examined on how many scenes; scores.json, replies.jsonl (every question with its reply) and report.html.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from llavakit.engine.llm import LLM
 from llavakit.report.pages import Page
-from llavakit.reproduce.examination import Condition, Mark, Score, examine, scores
+from llavakit.reproduce.examination import Condition, Mark, Score, examine, prior_scores, scores
 from llavakit.storage.documents import write_json
 from llavakit.world.questions import KINDS
 from llavakit.world.render import render, to_png
@@ -28,16 +30,19 @@ _NUM_SHOWN = 6
 
 
 def write_examination(model: Path, out: Path, scratch: Path, *, num_scenes: int, curves: Mapping[str, Path]) -> None:
-    """Examine a checkpoint and write scores.json and report.html; curves names the loss pictures to show."""
+    """Examine a checkpoint and write scores, replies and report; curves names the loss pictures to show."""
     llm = LLM.load(model, dtype="float32", device="cpu", max_batch=_BATCH)
     scenes = {condition: max(1, round(share * num_scenes)) for condition, share in _SHARES.items()}
     marks = examine(llm, scenes, scratch / "replies.sqlite")
-    table = scores(marks)
+    table = scores(marks) | {"prior": prior_scores([mark for mark in marks if mark.condition == "shuffled"])}
     values = {condition: {kind: _score_values(score) for kind, score in kinds.items()} for condition, kinds in table.items()}
     write_json(out / "scores.json", {"scenes": scenes, "threads": torch.get_num_threads(), "accuracy": values})
+    replies = "".join(json.dumps(asdict(mark), ensure_ascii=False) + "\n" for mark in marks)
+    (out / "replies.jsonl").write_text(replies, encoding="utf-8")
     page = Page("How well the miniature answers")
     page.paragraph(
-        f"Accuracy in percent with 95 % intervals; scenes per condition: {', '.join(f'{name} {count}' for name, count in scenes.items())}."
+        f"Accuracy in percent with 95 % intervals; scenes per condition: {', '.join(f'{name} {count}' for name, count in scenes.items())}. "
+        "shuffled shows another scene's picture; prior is the share of each kind's most common answer."
     )
     conditions = list(table)
     page.table(("question", *conditions), [(kind, *(_cell(table[name].get(kind)) for name in conditions)) for kind in ("all", *KINDS)])

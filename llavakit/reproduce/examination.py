@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ from llavakit.world.render import render, to_jpeg, to_png
 from llavakit.world.scenes import Scene, draw_scene, inset
 from llavakit.world.truth import scene_truth
 
-__all__ = ["Condition", "Mark", "Score", "examine", "scores"]
+__all__ = ["Condition", "Mark", "Score", "examine", "prior_scores", "scores"]
 
 Condition = Literal["plain", "held_out", "jpeg", "wide", "shuffled"]
 """How a scene is shown: plain as a square PNG, held_out with a colour-shape pair that no stage saw, jpeg as a 640x480 JPEG,
@@ -100,6 +100,16 @@ def scores(marks: Sequence[Mark]) -> dict[str, dict[str, Score]]:
         table[mark.condition][mark.kind].append(mark.is_right)
         table[mark.condition]["all"].append(mark.is_right)
     return {condition: {kind: _score(kinds[kind]) for kind in ("all", *KINDS) if kind in kinds} for condition, kinds in table.items()}
+
+
+def prior_scores(marks: Sequence[Mark]) -> dict[str, Score]:
+    """Score whoever always gives each kind's most common right answer, over marks of one condition: what blind replies come down to."""
+    keys: dict[str, Counter[str]] = defaultdict(Counter)
+    for mark in marks:
+        keys[mark.kind][mark.key] += 1
+    commonest = {kind: keys[kind].most_common(1)[0][0] for kind in keys}
+    (table,) = scores([replace(mark, is_right=mark.key == commonest[mark.kind]) for mark in marks]).values()
+    return table
 
 
 def _score(results: Sequence[bool]) -> Score:

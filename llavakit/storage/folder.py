@@ -2,7 +2,7 @@
 
 Owns: atomic_folder, the manifest that is written last, its verification.
 Invariant: after a kill at any moment the destination is the old folder or the complete new one; leftovers of dead
-processes are removed by the next save beside them. Where a file system cannot exchange two folders in one step, a kill
+processes are removed by the next save of the same folder. Where a file system cannot exchange two folders in one step, a kill
 between two renames leaves no folder for a while: the next save puts the old one back first.
 """
 
@@ -13,6 +13,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +22,12 @@ from pathlib import Path
 
 from llavakit.errors import StorageError
 
-__all__ = ["MANIFEST_NAME", "FileEntry", "atomic_folder", "fsync_folder", "manifest_problems", "read_manifest"]
+__all__ = ["MANIFEST_NAME", "FileEntry", "atomic_folder", "fsync_folder", "manifest_problems", "read_manifest", "remove_unfinished"]
 
 MANIFEST_NAME = "manifest.json"
 _VERSION = 1
 _OLD = ".old"
+_UNFINISHED = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}(\.old)?")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -66,6 +68,12 @@ def atomic_folder(destination: Path, *, overwrite: bool, carry: Callable[[str], 
         raise StorageError(f"saving {destination} failed: {error}; what was there before is unchanged") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove what saves of any folder left unfinished beside them; only for a parent that this process alone writes to."""
+    for path in [path for path in parent.iterdir() if _UNFINISHED.fullmatch(path.name)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> Mapping[str, FileEntry] | None:

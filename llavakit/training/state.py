@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from llavakit.errors import TrainingError
 from llavakit.logs import logger
 from llavakit.storage.documents import read_json, write_json
-from llavakit.storage.folder import atomic_folder, manifest_problems
+from llavakit.storage.folder import atomic_folder, manifest_problems, remove_unfinished
 from llavakit.storage.tensors import TensorFolder, write_tensors
 
 __all__ = ["RunState", "Saves", "run_lock"]
@@ -119,6 +119,7 @@ class Saves:
 
         Raises: TrainingError when the save belongs to a run with other settings, or all saves are damaged.
         """
+        remove_unfinished(self._run_dir)  # the run lock keeps all others out
         saves = self._newest_first()
         for position, folder in enumerate(saves):
             problems = manifest_problems(folder, check_hashes=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness import write_result
 from tests.soak.mutants import decode_mutants
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ def test_10_000_mutants() -> None:
     command = [sys.executable, "-m", "tests.soak.mutants", "10000"]
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=1800).stdout
     outcome = json.loads(output)
-    (ROOT / "benchmarks" / "results" / "image_mutants.json").write_text(output, encoding="utf-8")
+    write_result("image_mutants", "make soak", outcome)
     assert outcome["num_files"] == 10_000
     assert outcome["slowest_s"] < 5
     assert outcome["peak_growth_bytes"] < MAX_GROWTH_BYTES

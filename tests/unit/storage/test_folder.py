@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness import write_result
 from llavakit.errors import StorageError
 from llavakit.storage import folder as module
-from llavakit.storage.folder import MANIFEST_NAME, atomic_folder, manifest_problems, read_manifest
+from llavakit.storage.folder import MANIFEST_NAME, atomic_folder, manifest_problems, read_manifest, remove_unfinished
 
 FILES = ("a.txt", "b.bin", "sub/c.txt")
 
@@ -163,7 +164,8 @@ def save_and_die(destination: Path, step: int) -> None:
     save(destination, "1")
 
 
-def kill_at_every(stride: int, out: Path, *, has_exchange: bool) -> None:
+def kill_at_every(stride: int, out: Path, *, has_exchange: bool) -> int:
+    """Kill a save at every stride-th step that the interpreter reports, and return how many steps it has."""
     save(out, "0")
     seen = set()
     for step in range(0, 1000, stride):
@@ -177,6 +179,17 @@ def kill_at_every(stride: int, out: Path, *, has_exchange: bool) -> None:
     assert step > 30
     assert contents(out) == {"1"}
     assert seen == ({"0", "1"} if has_exchange and stride == 1 else seen & {"0", "1"})
+    return step
+
+
+def test_unfinished_saves_of_any_folder_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".out.tmp-12-0123abcd", ".other.tmp-99999-0123abcd.old"):
+        (tmp_path / name).mkdir()
+    others = {"out", ".out", ".out.tmp", "out.tmp-12-0123abcd", ".out.tmp-x-0123abcd", ".out.tmp-12-0123abc"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == others
 
 
 def test_kill_at_sampled_steps_of_a_save_leaves_old_or_new(tmp_path: Path) -> None:
@@ -188,7 +201,8 @@ def test_kill_at_sampled_steps_of_a_save_leaves_old_or_new(tmp_path: Path) -> No
 def test_kill_at_each_step_of_a_save_leaves_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_exchange: bool) -> None:
     if not has_exchange:
         monkeypatch.setattr(module, "_exchange", lambda first, second: False)
-    kill_at_every(1, tmp_path / "out", has_exchange=has_exchange)
+    num_kills = kill_at_every(1, tmp_path / "out", has_exchange=has_exchange)
+    write_result(f"save_kills_{'exchange' if has_exchange else 'rename'}", "make soak", {"num_kills": num_kills, "num_damaged_folders": 0})
 
 
 def test_old_folder_comes_back_where_folders_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

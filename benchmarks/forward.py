@@ -1,0 +1,124 @@
+"""How fast prefill and decode are next to transformers: a random Llama of 1.1 thousand million parameters.
+
+Ours is the generation loop that every command uses; transformers runs forward passes over its own cache and takes the most likely
+token, without generate's bookkeeping, once with its fused and once with its plain attention, and the faster one counts. Both sides
+hold the very same weights in memory. Each row must reach a ratio of 0.97. Run: python -m benchmarks.forward [--device cuda] [--rounds 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers import LlamaConfig as HfLlamaConfig
+from transformers import LlamaForCausalLM as HfLlama
+
+from benchmarks.harness import alternate, write_result
+from llavakit.engine.loop import run_requests
+from llavakit.engine.request import Request
+from llavakit.model.config import LlamaConfig
+from llavakit.model.llava import LlamaCore
+from llavakit.model.surgery import init_weights
+from llavakit.processing.processor import Prompt
+from llavakit.types import SamplingParams
+
+CONTEXT = 2048
+CASES = ((1, 512, 16), (8, 64, 8))  # rows, prompt tokens each, decode steps
+LEAST_RATIO = 0.97
+NO_TILES = torch.empty(0, 3, 1, 1)
+
+
+def main() -> int:
+    """Measure all rows, record them; return 1 when one is below the least ratio."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        core = random_core(dtype, options.device)
+        peers = {f"transformers {kind}": twin_of(core, kind) for kind in ("sdpa", "eager")}
+        for num_rows, num_tokens, steps in CASES:
+            ids = torch.randint(3, 32000, (num_rows, num_tokens), generator=torch.Generator().manual_seed(0))
+            runs = {name: their_run(peer, ids.to(options.device), steps) for name, peer in peers.items()}
+            parts = alternate(our_run(core, ids, steps), runs, options.rounds)
+            case = {"dtype": str(dtype).removeprefix("torch."), "rows": num_rows, "prompt_tokens": num_tokens}
+            for part, comparison in zip(("prefill", "decode"), parts, strict=True):
+                rows.append({"part": part, **case, **comparison.to_row()})
+                print(rows[-1], file=sys.stderr)
+        del core, peers
+    is_reached = all(row["ratio"] >= LEAST_RATIO for row in rows)
+    values = {"least_ratio": LEAST_RATIO, "is_reached": is_reached, "decode_is": "seconds per step", "rows": rows}
+    write_result(f"forward_{options.device}", f"python -m benchmarks.forward --device {options.device}", values)
+    return 0 if is_reached else 1
+
+
+def random_core(dtype: torch.dtype, device: str) -> LlamaCore:
+    """Build a model of Llama-3.2-1B's shape with LLaVA's vocabulary."""
+    config = LlamaConfig(
+        vocab_size=32064,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=CONTEXT,
+    )
+    core = LlamaCore(config)
+    init_weights(core, 0.02, torch.Generator().manual_seed(0))
+    return core.to(device=device, dtype=dtype).eval()
+
+
+def twin_of(core: LlamaCore, attention: str) -> HfLlama:
+    """Build transformers' model around the same tensors."""
+    with torch.device("meta"):
+        twin = HfLlama._from_config(HfLlamaConfig(**core.config.to_dict()), attn_implementation=attention)
+    twin.load_state_dict(core.state_dict(), assign=True)
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(twin.config).to(next(core.parameters()).device)
+    return twin.eval()
+
+
+def our_run(core: LlamaCore, ids_BS: torch.Tensor, steps: int) -> Callable[[], Sequence[float]]:
+    """Return a run that gives the seconds of the prefill and of one decode step."""
+    params = SamplingParams(max_tokens=steps + 1, ignore_eos=True)
+
+    def run() -> Sequence[float]:
+        prompts = [Prompt(tuple(row), (False,) * len(row), NO_TILES) for row in ids_BS.tolist()]
+        requests = [Request(prompt, params, context_len=CONTEXT, end_ids=frozenset(), tokenizer=None) for prompt in prompts]
+        start = time.perf_counter()
+        events = run_requests(core, requests)
+        for _ in requests:
+            next(events)
+        middle = time.perf_counter()
+        num_events = sum(1 for _ in events)
+        assert num_events == steps * len(requests)
+        return middle - start, (time.perf_counter() - middle) / steps
+
+    return run
+
+
+def their_run(model: Any, ids_BS: torch.Tensor, steps: int) -> Callable[[], Sequence[float]]:
+    """Return the same run through transformers; reading the tokens waits for the device, as our loop does."""
+
+    @torch.inference_mode()
+    def run() -> Sequence[float]:
+        start = time.perf_counter()
+        cache = DynamicCache(config=model.config)
+        tokens = model(ids_BS, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        tokens.tolist()
+        middle = time.perf_counter()
+        for _ in range(steps):
+            tokens = model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+            tokens.tolist()
+        return middle - start, (time.perf_counter() - middle) / steps
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())
