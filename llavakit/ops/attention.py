@@ -48,8 +48,8 @@ def causal_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
 def fused_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, is_causal: bool = False) -> Tensor:
     """Attend with torch's fused kernel; returns o_BNTH in q's dtype.
 
-    On a CPU half-precision inputs are attended to in float32: the kernel's bf16 backward is 1.2 (600 tokens) to 3.4 (65 tokens)
-    times slower than that with its casts, and its forward is no faster (one core of an EPYC with avx512_bf16, torch 2.13).
+    On a CPU half-precision inputs are attended to in float32: forward and backward of the half-precision kernel take longer than
+    that with its casts (benchmarks/choices).
     """
     dtype, is_grouped = q_BNTH.dtype, q_BNTH.shape[1] != k_BKTH.shape[1]
     if q_BNTH.device.type == "cpu" and dtype.itemsize < torch.float32.itemsize:

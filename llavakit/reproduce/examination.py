@@ -35,7 +35,7 @@ _LOG = logger("reproduce")
 _FIRST_SEED = 1 << 60  # training draws its scenes from seeds far below
 _SIDE_PX = 256
 _QUESTIONS_PER_SCENE = 2
-_MAX_TOKENS = 160
+_MAX_TOKENS = 200
 _BATCH = 48
 
 

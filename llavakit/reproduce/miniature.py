@@ -83,8 +83,8 @@ def miniature_stages(*, scale: float = 1.0, num_scenes: int = 5000) -> list[Stag
     projector, language_model = "multi_modal_projector.*", "language_model.*"
     return [
         Stage("vocabulary", {"pieces": _PIECES, "seed": _SEED}, (), _train_vocabulary),
-        _training_stage("tower", (), _train_tower, _Training(run=_run(3600, 2e-3, scale), batch_size=24, stream=1)),
-        _training_stage("language", ("vocabulary",), _train_language, _Training(run=_run(700, 2e-3, scale), batch_size=12, stream=2)),
+        _training_stage("tower", (), _train_tower, _Training(run=_run(5000, 2e-3, scale), batch_size=24, stream=1)),
+        _training_stage("language", ("vocabulary",), _train_language, _Training(run=_run(800, 2e-3, scale), batch_size=12, stream=2)),
         _training_stage(
             "align",
             ("vocabulary", "tower", "language"),
@@ -95,7 +95,7 @@ def miniature_stages(*, scale: float = 1.0, num_scenes: int = 5000) -> list[Stag
             "instruct",
             ("vocabulary", "align"),
             _train_instruct,
-            _Training(run=_run(2600, 1.5e-3, scale, (projector, language_model)), batch_size=12, stream=4),
+            _Training(run=_run(4400, 1.5e-3, scale, (projector, language_model)), batch_size=12, stream=4),
         ),
         Stage("export", {}, ("vocabulary", "instruct"), _export),
         Stage("examine", {"scenes": num_scenes}, ("export", *_TRAINED), functools.partial(_examine, num_scenes)),

@@ -15,7 +15,7 @@ from llavakit.world.truth import Truth, captions, listing
 __all__ = ["caption_pair", "draw_questions", "instruction", "small_talk", "text_instruction"]
 
 _WEIGHTS = {
-    "describe": 1.0,
+    "describe": 1.3,
     "count": 1.0,
     "count_of": 1.3,
     "exist": 1.3,

@@ -1,8 +1,8 @@
 """Sequences end to end in one batch.
 
 Owns: pack, PackedSource (so many samples a batch) and BestFitSource (so many tokens a batch, lengths known).
-A batch may end in a filler segment that rounds its length up: kernels are built per shape, and meeting a few shapes instead of a
-new one each step made a small model's step 1.4 times faster.
+A batch may end in a filler segment that rounds its length up: kernels are built per shape, and a small model's steps are faster
+when they meet a few shapes instead of a new one each (benchmarks/choices).
 Invariants: no position predicts across a boundary; what is packed is a pure function of the batch's number; nothing is cut here.
 Legend: T tokens  N tiles  S side in pixels
 """

@@ -1,7 +1,8 @@
 """Questions about a picture, written from its truth, with answers in plain English and the key by which a reply is graded.
 
 Owns: eleven kinds of question, their wordings, their answers, conclude() and is_right().
-Answers that count or compare first list what they are about and then conclude, because a small model that lists looks things up.
+Answers that count, compare or subtract first say what they are about, step by step, and then conclude, because a small model that
+lists looks things up: asked for the conclusion alone, or for two steps in one, it stays at chance.
 Invariant: every question here has exactly one right key; ambiguous ones (two red stars, a centre on a border) are not asked.
 """
 
@@ -196,7 +197,10 @@ def _side(truth: Truth, rng: random.Random) -> Question | None:
     text = rng.choice(("Is the {} {} the {}?", "Do you see the {} {} the {}?", "Is it true that the {} is {} the {}?")).format(
         one, word, other
     )
-    return Question("side", text, f"The {one} is {first.place} and the {other} is {second.place}, so {key}.", key)
+    names = (("at the left", "in the middle", "at the right"), ("at the top", "in the middle", "at the bottom"))[axis]
+    places = f"The {one} is {names[first.cell[1 - axis]]} and the {other} is {names[second.cell[1 - axis]]}."
+    relation = (("right of", "left of"), ("below", "above"))[axis][is_before]
+    return Question("side", text, f"{places} The first is {relation} the second, so {key}.", key)
 
 
 def _compare(truth: Truth, rng: random.Random) -> Question | None:
@@ -249,7 +253,6 @@ def _describe(truth: Truth, rng: random.Random) -> Question:
 def _reason(truth: Truth, rng: random.Random) -> Question | None:
     group = _draw_group(truth, rng)
     if rng.random() < 0.6:
-        left = tuple(box for box in truth.boxes if box not in group.boxes)
         text = rng.choice(
             (
                 "Without the {}, how many are left?",
@@ -258,7 +261,9 @@ def _reason(truth: Truth, rng: random.Random) -> Question | None:
                 "How many things remain when the {} are removed?",
             )
         ).format(group.many)
-        return Question("reason", text, _tally(_Group("other thing", "other things", left)), str(len(left)))
+        left = len(truth.boxes) - len(group.boxes)
+        seen = f"I see {listing(truth.boxes)}. That makes {len(truth.boxes)}."
+        return Question("reason", text, f"{seen} {_tally(group)} So {left} {'is' if left == 1 else 'are'} left.", str(left))
     count, extra = len(group.boxes), rng.randint(1, 2)
     if rng.random() < 0.5:
         text = f"If I add {('one', 'two')[extra - 1]} more, how many {group.many} are there?"

@@ -3,7 +3,8 @@
 Owns: the vocabulary of the world, Thing, Scene, sampling, placing a scene inside a wider picture.
 Refuses: pixels (render) and language (truth, questions).
 Coordinates: centres are shares of the picture's width and height; a thing's height is a share of the shorter side.
-Invariants: things do not overlap; with held_out=False no colour-shape pair of HELD_OUT occurs.
+Invariants: things do not overlap, and no centre lies on a border between the thirds of the picture, which the captions name
+(inset keeps to that where it can); with held_out=False no colour-shape pair of HELD_OUT occurs.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ MAX_THINGS = 8
 
 _PATTERNS: tuple[Pattern, ...] = ("plain", "gradient", "stripes", "checks", "noise")
 _GAP = 0.02
+_CLEAR = 0.02
 _TRIES = 60
 
 
@@ -122,7 +124,10 @@ def draw_scene(rng: random.Random, *, aspect: float = 1.0, held_out: bool = Fals
 def inset(rng: random.Random, scene: Scene, aspect: float) -> Scene:
     """Place a whole scene inside a wider picture (aspect > the scene's), at full height, somewhere along its width."""
     share = scene.aspect / aspect
-    left = rng.uniform(0.0, 1.0 - share)
+    for _ in range(_TRIES):
+        left = rng.uniform(0.0, 1.0 - share)
+        if all(_is_clear(left + thing.x * share) for thing in scene.things):
+            break
     things = tuple(dataclasses.replace(thing, x=left + thing.x * share) for thing in scene.things)
     return Scene(things, _draw_backdrop(rng), aspect, Panel(left, 0.0, left + share, 1.0, scene.backdrop))
 
@@ -171,9 +176,13 @@ def _place(rng: random.Random, thing: Thing, others: list[Thing], aspect: float)
             abs(x - other.x) > half_w + other.width / 2 * scale_x + _GAP or abs(y - other.y) > half_h + other.height / 2 * scale_y + _GAP
             for other in others
         )
-        if is_free:
+        if is_free and _is_clear(x) and _is_clear(y):
             return dataclasses.replace(thing, x=x, y=y)
     return None
+
+
+def _is_clear(center: float) -> bool:
+    return abs(center - 1 / 3) > _CLEAR and abs(center - 2 / 3) > _CLEAR
 
 
 def _draw_backdrop(rng: random.Random) -> Backdrop:

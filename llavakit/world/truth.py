@@ -67,7 +67,7 @@ class LabeledBox:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """All labelled boxes of a picture in reading order: by thirds from the top left, then from left to right."""
+    """All labelled boxes of a picture in reading order: by thirds from the top left, inside one from its top left corner on."""
 
     boxes: tuple[LabeledBox, ...]
 
@@ -79,7 +79,7 @@ class Truth:
 def scene_truth(scene: Scene) -> Truth:
     """Write down a scene's labelled boxes."""
     boxes = (LabeledBox(thing.color, thing.kind, thing.name, scene.box(thing)) for thing in scene.things)
-    return Truth(tuple(sorted(boxes, key=lambda box: (*box.cell, box.center))))
+    return Truth(tuple(sorted(boxes, key=lambda box: (*box.cell, sum(box.center)))))
 
 
 def listing(boxes: Iterable[LabeledBox]) -> str:
