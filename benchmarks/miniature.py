@@ -2,13 +2,14 @@
 
 The same examination as the last stage of `llava reproduce`, on the model that is in the package, in float32, with the controls: the scene
 as a 640x480 JPEG, inside a wider picture, and another scene's picture in place of the right one.
-Run: python -m benchmarks.miniature [--scenes 5000]
+Prints the README's table. Run: python -m benchmarks.miniature [--scenes 5000]
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.harness import write_result
@@ -27,7 +28,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_examination(MINIATURE, folder, folder, num_scenes=options.scenes, curves={})
-        write_result("miniature", f"python -m benchmarks.miniature --scenes {options.scenes}", read_json(folder / "scores.json"))
+        result = read_json(folder / "scores.json")
+        write_result("miniature", f"python -m benchmarks.miniature --scenes {options.scenes}", result)
+    print(markdown_table(result["accuracy"]))
+
+
+def markdown_table(accuracy: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Return the README's table: percent right by kind of question and condition."""
+    conditions = list(accuracy)
+    lines = [f"| question | {' | '.join(conditions)} |", "|---" * (1 + len(conditions)) + "|"]
+    for kind in accuracy["plain"]:
+        cells = (f"{100 * accuracy[condition][kind]['accuracy']:.1f}" if kind in accuracy[condition] else "" for condition in conditions)
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

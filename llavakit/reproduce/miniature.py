@@ -95,7 +95,7 @@ def miniature_stages(*, scale: float = 1.0, num_scenes: int = 5000) -> list[Stag
             "instruct",
             ("vocabulary", "align"),
             _train_instruct,
-            _Training(run=_run(4400, 1.5e-3, scale, (projector, language_model)), batch_size=12, stream=4),
+            _Training(run=_run(4200, 1.5e-3, scale, (projector, language_model)), batch_size=12, stream=4),
         ),
         Stage("export", {}, ("vocabulary", "instruct"), _export),
         Stage("examine", {"scenes": num_scenes}, ("export", *_TRAINED), functools.partial(_examine, num_scenes)),

@@ -59,14 +59,13 @@ def draw_questions(truth: Truth, rng: random.Random, count: int) -> list[Questio
 
 def instruction(truth: Truth, rng: random.Random, image: bytes, turns: int) -> Conversation:
     """Write a conversation about a picture (stage 2, template v1)."""
-    return _conversation((ImagePart(image),), [(question.text, question.answer) for question in draw_questions(truth, rng, turns)])
+    return _conversation((ImagePart(image),), _pairs(truth, rng, turns))
 
 
 def text_instruction(truth: Truth, rng: random.Random, turns: int) -> Conversation:
     """Write the same kind of conversation over a described picture: the language model's own schooling."""
-    pairs = [(question.text, question.answer) for question in draw_questions(truth, rng, turns)]
     described = TextPart(f"The picture shows {listing(truth.boxes)}.\n")
-    return _conversation((described,), pairs)
+    return _conversation((described,), _pairs(truth, rng, turns))
 
 
 def small_talk(rng: random.Random, truth: Truth) -> Conversation:
@@ -75,6 +74,20 @@ def small_talk(rng: random.Random, truth: Truth) -> Conversation:
         return _conversation((), [(question.text, _NO_PICTURE) for question in draw_questions(truth, rng, 1)])
     asked, answer = rng.choice(_SMALL_TALK)
     return _conversation((), [(rng.choice(asked), answer)])
+
+
+def _pairs(truth: Truth, rng: random.Random, turns: int) -> list[tuple[str, str]]:
+    """Draw questions with their answers; some questions are written carelessly, as people do."""
+    return [(_careless(question.text, rng), question.answer) for question in draw_questions(truth, rng, turns)]
+
+
+def _careless(text: str, rng: random.Random) -> str:
+    roll = rng.random()
+    if roll < 0.1:
+        text = text.rstrip("?.")
+    if 0.05 < roll < 0.15:
+        text = text[0].lower() + text[1:]
+    return text
 
 
 def _conversation(head: tuple[Part, ...], pairs: list[tuple[str, str]]) -> Conversation:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llavakit.world.scenes import COLORS, DIGITS, LETTERS, SHAPES, WORDS
-from llavakit.world.truth import REGIONS, LabeledBox, Truth, listing
+from llavakit.world.truth import REGIONS, LabeledBox, Truth, listing, place_of
 
 __all__ = ["KINDS", "Question", "ask", "conclude", "is_right"]
 
@@ -145,6 +145,8 @@ def _color(truth: Truth, rng: random.Random) -> Question | None:
 
 
 def _what(truth: Truth, rng: random.Random) -> Question | None:
+    if rng.random() < 0.3:
+        return _what_there(truth, rng)
     color = rng.choice(truth.boxes).color if rng.random() < 0.9 else rng.choice(COLORS)
     things = truth.where(color=color)
     if len(things) > 1:
@@ -157,6 +159,18 @@ def _what(truth: Truth, rng: random.Random) -> Question | None:
     return Question("what", text, f"It is a {things[0].noun}.", things[0].noun)
 
 
+def _what_there(truth: Truth, rng: random.Random) -> Question | None:
+    region = rng.choice(truth.boxes).region if rng.random() < 0.9 else rng.choice(REGIONS)
+    things = truth.where(region=region)
+    if len(things) > 1 or not all(box.is_clearly_placed for box in truth.boxes):
+        return None
+    place = place_of(region)
+    text = rng.choice(("What is {}?", "What do you see {}?", "Which object is {}?", "What is there {}?")).format(place)
+    if not things:
+        return Question("what", text, f"There is no thing {place}.", "none")
+    return Question("what", text, f"It is {things[0].label}.", things[0].noun)
+
+
 def _where(truth: Truth, rng: random.Random) -> Question | None:
     if rng.random() < 0.08:
         color, name = rng.choice(COLORS), rng.choice(SHAPES)
@@ -166,8 +180,7 @@ def _where(truth: Truth, rng: random.Random) -> Question | None:
     thing = rng.choice(truth.boxes)
     if not thing.is_clearly_placed or len(truth.where(color=thing.color, noun=thing.noun)) > 1:
         return None
-    noun = thing.noun if len(truth.where(noun=thing.noun)) == 1 and rng.random() < 0.3 else f"{thing.color} {thing.noun}"
-    return Question("where", _where_text(noun, rng), f"It is {thing.place}.", thing.region)
+    return Question("where", _where_text(_name(truth, thing, rng), rng), f"It is {thing.place}.", thing.region)
 
 
 def _where_text(noun: str, rng: random.Random) -> str:
@@ -193,7 +206,7 @@ def _side(truth: Truth, rng: random.Random) -> Question | None:
     is_before = first.center[axis] < second.center[axis]
     word, is_true = rng.choice(((("left of", "above")[axis], is_before), (("right of", "below")[axis], not is_before)))
     key = "yes" if is_true else "no"
-    one, other = f"{first.color} {first.noun}", f"{second.color} {second.noun}"
+    one, other = _name(truth, first, rng), _name(truth, second, rng)
     text = rng.choice(("Is the {} {} the {}?", "Do you see the {} {} the {}?", "Is it true that the {} is {} the {}?")).format(
         one, word, other
     )
@@ -301,6 +314,12 @@ def _draw_unique_noun(truth: Truth, rng: random.Random) -> tuple[str | None, Lab
         return (None, None) if truth.where(noun=noun) else (noun, None)
     thing = rng.choice(truth.boxes)
     return (thing.noun, thing) if len(truth.where(noun=thing.noun)) == 1 else (None, None)
+
+
+def _name(truth: Truth, thing: LabeledBox, rng: random.Random) -> str:
+    """Name a thing by colour and noun, sometimes by the noun alone where that is enough."""
+    is_enough = len(truth.where(noun=thing.noun)) == 1
+    return thing.noun if is_enough and rng.random() < 0.3 else f"{thing.color} {thing.noun}"
 
 
 def _article(noun: str) -> str:

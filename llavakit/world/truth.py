@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from llavakit.world.scenes import Kind, Scene
 
-__all__ = ["REGIONS", "LabeledBox", "Truth", "captions", "listing", "scene_truth"]
+__all__ = ["REGIONS", "LabeledBox", "Truth", "captions", "listing", "place_of", "scene_truth"]
 
 REGIONS = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 _EDGE_MARGIN = 0.035
@@ -57,7 +57,7 @@ class LabeledBox:
     @property
     def place(self) -> str:
         """The region as a phrase: "at the top left", "in the middle"."""
-        return f"{'in' if self.region == 'middle' else 'at'} the {self.region}"
+        return place_of(self.region)
 
     @property
     def is_clearly_placed(self) -> bool:
@@ -74,6 +74,11 @@ class Truth:
     def where(self, **values: str) -> tuple[LabeledBox, ...]:
         """Select the boxes whose attributes have the given values."""
         return tuple(box for box in self.boxes if all(getattr(box, name) == value for name, value in values.items()))
+
+
+def place_of(region: str) -> str:
+    """Turn a region into a phrase: "at the top left", "in the middle"."""
+    return f"{'in' if region == 'middle' else 'at'} the {region}"
 
 
 def scene_truth(scene: Scene) -> Truth:
