@@ -45,9 +45,10 @@ __all__ = [
     "llama_config",
     "llava",
     "llava_config",
-    "processor",
     "save_llava",
     "scale_weights",
+    "tiny_processor",
+    "tiny_tokenizer",
 ]
 
 NUM_PIECES = 352
@@ -143,12 +144,16 @@ def scale_weights(model: _Model, seed: int = 0) -> _Model:
     return model
 
 
-def processor(template: str = "v1") -> LlavaProcessor:
-    """Build the tiny models' processor, with a tokenizer trained on the miniature's world."""
-    tokenizer = LlamaTokenizer(_tokenizer_model(), added_tokens={"<image>": IMAGE_TOKEN, "<pad>": PAD_TOKEN}, pad_token="<pad>")
+def tiny_tokenizer() -> LlamaTokenizer:
+    """Build the tiny models' tokenizer, trained on the miniature's world, with <image> and <pad> behind its pieces."""
+    return LlamaTokenizer(_tokenizer_model(), added_tokens={"<image>": IMAGE_TOKEN, "<pad>": PAD_TOKEN}, pad_token="<pad>")
+
+
+def tiny_processor(template: str = "v1", image_processor: ImageProcessor | None = None) -> LlavaProcessor:
+    """Build the tiny models' processor, for pictures of 28 pixels and 16 tokens."""
     return LlavaProcessor(
-        tokenizer=tokenizer,
-        image_processor=ImageProcessor(size_px=SIDE, crop_px=SIDE, aspect="pad"),
+        tokenizer=tiny_tokenizer(),
+        image_processor=ImageProcessor(size_px=SIDE, crop_px=SIDE, aspect="pad") if image_processor is None else image_processor,
         template=TEMPLATES[template],
         image_token_id=IMAGE_TOKEN,
         patch_size=PATCH,
@@ -157,7 +162,7 @@ def processor(template: str = "v1") -> LlavaProcessor:
 
 def save_llava(folder: Path, variant: Variant = VARIANTS[1]) -> Path:
     """Save a tiny LLaVA with its processor, a complete checkpoint; returns the folder."""
-    save_folder(llava(variant), folder, processor=processor())
+    save_folder(llava(variant), folder, processor=tiny_processor())
     return folder
 
 

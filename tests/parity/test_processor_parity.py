@@ -14,8 +14,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from llavakit.processing.image import ImageProcessor
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.types import Conversation, ImagePart, Message, TextPart
-from tests.tiny import llava_config
-from tests.vocabulary import llama2_processor, llama2_tokenizer, shared_data, tiny_processor
+from tests.real_data import llama2_processor, llama2_tokenizer, shared_data
+from tests.tiny import llava_config, tiny_processor
 
 SIZES = ((1, 1), (2, 50), (50, 2), (48, 48), (47, 49), (60, 40), (40, 60), (333, 501), (640, 480), (30, 1900), (1900, 30))
 TEXTS = (

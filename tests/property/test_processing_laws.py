@@ -9,11 +9,11 @@ from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.stream import Detokenizer, StopMatcher
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.types import Conversation, TextPart
-from tests.vocabulary import PIECES, tiny_processor, tiny_tokenizer
+from tests.tiny import NUM_PIECES, tiny_processor, tiny_tokenizer
 
 TEXT = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" ▁\n<>/s1ae")), max_size=40)
 MARKUP = st.sampled_from(["<image>", "</s>", "<s>", "<unk>", "<pad>", "USER:", "ASSISTANT:", " ", "a star"])
-IDS = st.lists(st.one_of(st.integers(0, PIECES + 1), st.integers(3, 258)), max_size=30)
+IDS = st.lists(st.one_of(st.integers(0, NUM_PIECES + 1), st.integers(3, 258)), max_size=30)
 FEW = settings(max_examples=60, deadline=None)
 
 

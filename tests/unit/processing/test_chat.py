@@ -6,7 +6,8 @@ from PIL import Image
 from llavakit.errors import CheckpointError, PromptError
 from llavakit.processing.chat import TEMPLATES, jinja_text, template_of_jinja
 from llavakit.types import Conversation, ImagePart, Message, TextPart
-from tests.vocabulary import llama2_processor, tiny_processor, tiny_tokenizer
+from tests.real_data import llama2_processor
+from tests.tiny import tiny_processor, tiny_tokenizer
 
 PLACE = b"the picture is handed over decoded"
 ASK = Conversation.ask("a red circle?", PLACE)

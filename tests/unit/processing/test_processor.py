@@ -17,7 +17,8 @@ from llavakit.geometry import num_image_tokens
 from llavakit.processing.image import ImageLimits, ImageProcessor, decode_image
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.types import Conversation, TextPart
-from tests.vocabulary import IMAGE, llama2_processor, tiny_processor
+from tests.real_data import llama2_processor
+from tests.tiny import IMAGE_TOKEN, tiny_processor
 
 
 def picture(width: int = 40, height: int = 30, colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
@@ -28,14 +29,14 @@ def picture(width: int = 40, height: int = 30, colour: tuple[int, int, int] = (2
 
 def test_slots_equal_the_grids_tokens() -> None:
     prompt = tiny_processor().prompt(Conversation.ask("compare", picture(), picture(9, 90)))
-    assert prompt.ids.count(IMAGE) == sum(map(num_image_tokens, prompt.grids)) == 32
+    assert prompt.ids.count(IMAGE_TOKEN) == sum(map(num_image_tokens, prompt.grids)) == 32
     assert prompt.tiles_N3SS.shape == (2, 3, 28, 28)
     assert len(set(prompt.digests)) == 2
 
 
 def test_the_class_token_takes_a_place_where_it_is_kept() -> None:
     processor = dataclasses.replace(tiny_processor(), keep_cls=True)
-    assert processor.prompt(Conversation.ask("what?", picture())).ids.count(IMAGE) == 17
+    assert processor.prompt(Conversation.ask("what?", picture())).ids.count(IMAGE_TOKEN) == 17
 
 
 def test_a_prompt_without_pictures_has_no_tiles() -> None:
@@ -170,10 +171,10 @@ def change(folder: Path, name: str, **values: Any) -> None:
 def test_the_models_configuration_decides(tmp_path: Path) -> None:
     tiny_processor().save_pretrained(tmp_path)
     change(tmp_path, "processor_config.json", patch_size=None)
-    values = {"image_token_index": IMAGE + 1, "vision_feature_select_strategy": "full", "vision_config": {"patch_size": 4}}
+    values = {"image_token_index": IMAGE_TOKEN + 1, "vision_feature_select_strategy": "full", "vision_config": {"patch_size": 4}}
     change(tmp_path, "config.json", **values)
     loaded = LlavaProcessor.from_pretrained(tmp_path)
-    assert (loaded.image_token_id, loaded.patch_size, loaded.keep_cls) == (IMAGE + 1, 4, True)
+    assert (loaded.image_token_id, loaded.patch_size, loaded.keep_cls) == (IMAGE_TOKEN + 1, 4, True)
 
 
 def test_the_arrangement_of_transformers_5_is_read(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from llavakit.processing.stream import Detokenizer, StopMatcher
-from tests.vocabulary import IMAGE, tiny_tokenizer
+from tests.tiny import IMAGE_TOKEN, tiny_tokenizer
 
 
 def byte_ids(data: bytes) -> list[int]:
@@ -40,7 +40,7 @@ def test_words_keep_their_spaces() -> None:
 def test_special_tokens_are_no_text() -> None:
     tokenizer = tiny_tokenizer()
     detokenizer = Detokenizer(tokenizer)
-    ids = [tokenizer.bos_token_id, *tokenizer.encode_text("two"), IMAGE, tokenizer.eos_token_id, 10**6]
+    ids = [tokenizer.bos_token_id, *tokenizer.encode_text("two"), IMAGE_TOKEN, tokenizer.eos_token_id, 10**6]
     assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == "two"
 
 

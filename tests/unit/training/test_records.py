@@ -12,7 +12,7 @@ from llavakit.training.records import RecordSource
 from llavakit.types import Conversation, ImagePart, Message, TextPart
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import draw_scene
-from tests.vocabulary import tiny_processor
+from tests.tiny import tiny_processor
 
 
 def png() -> bytes:

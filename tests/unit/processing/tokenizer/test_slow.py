@@ -9,7 +9,8 @@ import torch
 
 from llavakit.errors import CheckpointError, InputError, PromptError
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
-from tests.vocabulary import IMAGE, PIECES, llama2_tokenizer, tiny_tokenizer
+from tests.real_data import llama2_tokenizer
+from tests.tiny import IMAGE_TOKEN, NUM_PIECES, tiny_tokenizer
 
 GOLDEN: dict[str, list[Any]] = json.loads((Path(__file__).parent / "slow_437.json").read_text("utf-8"))
 
@@ -49,11 +50,11 @@ def test_encode_text_refuses_half_a_surrogate_pair() -> None:
 
 def test_decode_text_drops_what_is_no_text() -> None:
     tokenizer = tiny_tokenizer()
-    ids = [tokenizer.bos_token_id, *tokenizer.encode_text("a red circle"), IMAGE, PIECES + 60, tokenizer.eos_token_id]
+    ids = [tokenizer.bos_token_id, *tokenizer.encode_text("a red circle"), IMAGE_TOKEN, NUM_PIECES + 60, tokenizer.eos_token_id]
     assert tokenizer.decode_text(ids) == "a red circle"
 
 
-@pytest.mark.parametrize("index", [-200, -1, PIECES + 2, 10**9])
+@pytest.mark.parametrize("index", [-200, -1, NUM_PIECES + 2, 10**9])
 def test_ids_outside_the_vocabulary_are_refused(index: int) -> None:
     with pytest.raises(InputError, match=str(index)):
         tiny_tokenizer().decode([index])
@@ -64,9 +65,9 @@ def test_added_tokens_follow_the_pieces() -> None:
     before = tokenizer.pad_token_id
     assert tokenizer.add_special_tokens({"pad_token": "<pad>"}) == 1
     assert tokenizer.add_tokens(["<image>", "<image>", "</s>"]) == 1
-    assert (before, tokenizer.pad_token_id) == (None, PIECES)
-    assert (tokenizer.convert_tokens_to_ids("<image>"), len(tokenizer)) == (PIECES + 1, PIECES + 2)
-    assert tokenizer.encode("a<image>")[-1] == PIECES + 1
+    assert (before, tokenizer.pad_token_id) == (None, NUM_PIECES)
+    assert (tokenizer.convert_tokens_to_ids("<image>"), len(tokenizer)) == (NUM_PIECES + 1, NUM_PIECES + 2)
+    assert tokenizer.encode("a<image>")[-1] == NUM_PIECES + 1
 
 
 def test_pad_token_must_exist() -> None:
@@ -77,7 +78,7 @@ def test_pad_token_must_exist() -> None:
     assert tokenizer.pad_token_id == tokenizer.unk_token_id
 
 
-@pytest.mark.parametrize("index", [5, PIECES - 1])
+@pytest.mark.parametrize("index", [5, NUM_PIECES - 1])
 def test_added_tokens_cannot_take_a_piece(index: int) -> None:
     with pytest.raises(CheckpointError, match=f"id {index}"):
         LlamaTokenizer(tiny_tokenizer().files()["tokenizer.model"], added_tokens={"<image>": index})
