@@ -2,7 +2,7 @@
 
 attention: the fused kernel in bfloat16, forward and backward, next to the same in float32 with the casts (ops/attention).
 lengths: training steps of the miniature's decoder on batches of drawn lengths, next to lengths rounded up to multiples of 256
-(training/packing). Ratios above 1 speak for the choice that the code makes. Run: python -m benchmarks.choices [--rounds 7]
+(training/packing). Ratios above 1 speak for float32 and for rounding up. Run: python -m benchmarks.choices [--rounds 7]
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from llavakit.types import SamplingParams
 
 CONTEXT = 2048
 CASES = ((1, 512, 16), (8, 64, 8))  # rows, prompt tokens each, decode steps
+DTYPES = (torch.float32, torch.bfloat16)
 LEAST_RATIO = 0.97
 NO_TILES = torch.empty(0, 3, 1, 1)
 
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         core = random_core(dtype, options.device)
         peers = {f"transformers {kind}": twin_of(core, kind) for kind in ("sdpa", "eager")}
         for num_rows, num_tokens, steps in CASES:

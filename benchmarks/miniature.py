@@ -1,36 +1,59 @@
 """How well the embedded miniature answers: 5,000 unseen scenes, 40 % of them with a colour-shape pair that no stage saw.
 
-The same examination as the last stage of `llava reproduce`, on the model that is in the package, in float32, with the controls: the scene
-as a 640x480 JPEG, inside a wider picture, and another scene's picture in place of the right one.
-Prints the README's table. Run: python -m benchmarks.miniature [--scenes 5000]
+The last stage of `llava reproduce` examines the model that it made, in float32, with the controls: the scene as a 640x480 JPEG, inside a
+wider picture, and another scene's picture in place of the right one. With --run this records that examination and how long each stage
+took, once it is sure that the run made the embedded model; without, it examines the embedded model again. Prints the README's table.
+Run: python -m benchmarks.miniature [--run FOLDER | --scenes 5000]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import write_result
 from llavakit.engine.llm import MINIATURE
 from llavakit.logs import show_logs
 from llavakit.reproduce.accuracy import write_examination
 from llavakit.storage.documents import read_json
+from llavakit.storage.folder import read_manifest
 
 
 def main() -> None:
-    """Examine and record."""
+    """Examine or read, and record."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--run", type=Path, help="the folder of the llava reproduce that made the embedded model")
     parser.add_argument("--scenes", type=int, default=5000)
     options = parser.parse_args()
     show_logs()
+    if options.run is None:
+        result, command = examine(options.scenes), f"python -m benchmarks.miniature --scenes {options.scenes}"
+    else:
+        result, command = read_run(options.run), "llava reproduce FOLDER; python -m benchmarks.miniature --run FOLDER"
+    write_result("miniature", command, result)
+    print(markdown_table(result["accuracy"]))
+
+
+def examine(num_scenes: int) -> dict[str, Any]:
+    """Examine the embedded model."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_examination(MINIATURE, folder, folder, num_scenes=options.scenes, curves={})
-        result = read_json(folder / "scores.json")
-        write_result("miniature", f"python -m benchmarks.miniature --scenes {options.scenes}", result)
-    print(markdown_table(result["accuracy"]))
+        write_examination(MINIATURE, folder, folder, num_scenes=num_scenes, curves={})
+        return read_json(folder / "scores.json")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read scores and times of a finished reproduction."""
+    manifests = [read_manifest(model) for model in (MINIATURE, folder / "export")]
+    assert manifests[0] is not None
+    assert manifests[0] == manifests[1], f"{folder} did not make the embedded model"
+    stages = [json.loads(line) for line in (folder / "stages.jsonl").read_text(encoding="utf-8").splitlines()]
+    minutes = round(sum(stage["seconds"] for stage in stages) / 60, 1)
+    return {**read_json(folder / "examine" / "scores.json"), "stages": stages, "minutes": minutes}
 
 
 def markdown_table(accuracy: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.ops.attention import causal_attention
+from llavakit.ops.attention import causal_attention, fused_attention
 
 __all__ = ["CacheShape", "Decode", "KvCache", "Prefill"]
 
@@ -54,14 +54,24 @@ class Prefill:
         cache.lengths[first_row : first_row + len(lengths)] = lengths
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """Attend prompt by prompt and store keys and values."""
+        """Store keys and values and attend: prompts of one length together, others one by one."""
+        if min(self.lengths) == max(self.lengths):
+            return self._attend_even(layer, q_TNH, k_TKH, v_TKH)
         outputs = []
         segments = zip(q_TNH.split(self.lengths), k_TKH.split(self.lengths), v_TKH.split(self.lengths), strict=True)
         for row, (q, k, v) in enumerate(segments, self.first_row):
             self.cache.keys[layer][row, :, : k.shape[0]] = k.transpose(0, 1)
             self.cache.values[layer][row, :, : v.shape[0]] = v.transpose(0, 1)
             outputs.append(causal_attention(q, k, v))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return torch.cat(outputs)
+
+    def _attend_even(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        num_rows, length = len(self.lengths), self.lengths[0]
+        q_BNSH, k_BKSH, v_BKSH = (x.unflatten(0, (num_rows, length)).transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
+        rows = slice(self.first_row, self.first_row + num_rows)
+        self.cache.keys[layer][rows, :, :length] = k_BKSH
+        self.cache.values[layer][rows, :, :length] = v_BKSH
+        return fused_attention(q_BNSH, k_BKSH, v_BKSH, is_causal=True).transpose(1, 2).flatten(0, 1)
 
 
 class Decode:
