@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -79,7 +80,10 @@ def test_commands_work(block: Block, line: str, capsys: pytest.CaptureFixture[st
 
 
 def dry_run(*targets: str) -> list[str]:
-    return subprocess.run(["make", "-n", *targets], check=True, capture_output=True, text=True, timeout=30).stdout.splitlines()
+    """List what make would run; also where make itself runs the tests."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--no-print-directory", "-n", *targets]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30, env=environment).stdout.splitlines()
 
 
 def test_make_demo_asks_what_works(capsys: pytest.CaptureFixture[str]) -> None:
