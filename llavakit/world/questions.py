@@ -203,17 +203,18 @@ def _side(truth: Truth, rng: random.Random) -> Question | None:
     axis = rng.randint(0, 1)
     if first.cell[1 - axis] == second.cell[1 - axis] or abs(first.center[axis] - second.center[axis]) < 0.15:
         return None
-    is_before = first.center[axis] < second.center[axis]
-    word, is_true = rng.choice(((("left of", "above")[axis], is_before), (("right of", "below")[axis], not is_before)))
-    key = "yes" if is_true else "no"
+    is_before, asks_before = first.center[axis] < second.center[axis], rng.random() < 0.5
+    key = "yes" if is_before == asks_before else "no"
     one, other = _name(truth, first, rng), _name(truth, second, rng)
     text = rng.choice(("Is the {} {} the {}?", "Do you see the {} {} the {}?", "Is it true that the {} is {} the {}?")).format(
-        one, word, other
+        one, (("right of", "left of"), ("below", "above"))[axis][asks_before], other
     )
+    # The two are said in the order that was asked about, so that the conclusion is whether the first one comes first.
     names = (("at the left", "in the middle", "at the right"), ("at the top", "in the middle", "at the bottom"))[axis]
     places = f"The {one} is {names[first.cell[1 - axis]]} and the {other} is {names[second.cell[1 - axis]]}."
-    relation = (("right of", "left of"), ("below", "above"))[axis][is_before]
-    return Question("side", text, f"{places} The first is {relation} the second, so {key}.", key)
+    way = (("right to left", "left to right"), ("bottom to top", "top to bottom"))[axis][asks_before]
+    in_order = f"the {one} and the {other}" if key == "yes" else f"the {other} and the {one}"
+    return Question("side", text, f"{places} From {way} I see {in_order}, so {key}.", key)
 
 
 def _compare(truth: Truth, rng: random.Random) -> Question | None:
