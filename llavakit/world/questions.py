@@ -92,7 +92,7 @@ def _count(truth: Truth, rng: random.Random) -> Question:
             "What is the number of objects?",
         )
     )
-    return Question("count", text, f"I see {listing(truth.boxes)}. That makes {len(truth.boxes)}.", str(len(truth.boxes)))
+    return Question("count", text, _tally(_everything(truth)), str(len(truth.boxes)))
 
 
 def _count_of(truth: Truth, rng: random.Random) -> Question:
@@ -276,8 +276,8 @@ def _reason(truth: Truth, rng: random.Random) -> Question | None:
             )
         ).format(group.many)
         left = len(truth.boxes) - len(group.boxes)
-        seen = f"I see {listing(truth.boxes)}. That makes {len(truth.boxes)}."
-        return Question("reason", text, f"{seen} {_tally(group)} So {left} {'is' if left == 1 else 'are'} left.", str(left))
+        steps = f"{_tally(_everything(truth))} {_tally(group)} So {left} {'is' if left == 1 else 'are'} left."
+        return Question("reason", text, steps, str(left))
     count, extra = len(group.boxes), rng.randint(1, 2)
     if rng.random() < 0.5:
         text = f"If I add {('one', 'two')[extra - 1]} more, how many {group.many} are there?"
@@ -291,6 +291,10 @@ def _reason(truth: Truth, rng: random.Random) -> Question | None:
 def _tally(group: _Group) -> str:
     seen = listing(group.boxes) if group.boxes else f"no {group.one}"
     return f"I see {seen}. That makes {len(group.boxes)}."
+
+
+def _everything(truth: Truth) -> _Group:
+    return _Group("thing", "things", truth.boxes)
 
 
 def _draw_group(truth: Truth, rng: random.Random) -> _Group:
