@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from llavakit.config import run_config_to_dict
 from llavakit.model.config import ClipVisionConfig, LlamaConfig, LlavaConfig
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.surgery import init_weights
+from llavakit.ops.precision import faster_dtype
 from llavakit.processing.chat import TEMPLATES
 from llavakit.processing.image import ImageProcessor
 from llavakit.processing.processor import LlavaProcessor
@@ -28,6 +29,7 @@ from llavakit.reproduce.lessons import Lessons
 from llavakit.reproduce.stages import Stage, StageContext
 from llavakit.reproduce.tower import TowerSource, TowerTrainer
 from llavakit.reproduce.vocabulary import train_tokenizer
+from llavakit.storage.documents import read_json, write_json
 from llavakit.storage.tensors import TensorFolder, write_tensors
 from llavakit.training.config import OptimConfig, TrainConfig
 from llavakit.training.packing import PackedSource
@@ -37,6 +39,7 @@ __all__ = ["miniature_config", "miniature_stages"]
 
 _PIECES = 768
 _IMAGE_TOKEN, _PAD_TOKEN = "<image>", "<pad>"
+_PRECISION_FILE = "precision.json"
 _VOCAB = 832  # pieces, <image> and <pad>, filled up to a multiple of 64 as llava-hf does
 _TRAINED = ("tower", "language", "align", "instruct")
 _SEED = 20_240_000
@@ -82,8 +85,9 @@ def miniature_stages(*, scale: float = 1.0, num_scenes: int = 5000) -> list[Stag
     """List the stages; scale multiplies the steps of each training stage (for tests and quick looks)."""
     projector, language_model = "multi_modal_projector.*", "language_model.*"
     return [
+        Stage("precision", {}, (), _choose_precision),
         Stage("vocabulary", {"pieces": _PIECES, "seed": _SEED}, (), _train_vocabulary),
-        _training_stage("tower", (), _train_tower, _Training(run=_run(5000, 2e-3, scale), batch_size=24, stream=1)),
+        _training_stage("tower", (), _train_tower, _Training(run=_run(4200, 2e-3, scale), batch_size=24, stream=1)),
         _training_stage("language", ("vocabulary",), _train_language, _Training(run=_run(800, 2e-3, scale), batch_size=12, stream=2)),
         _training_stage(
             "align",
@@ -95,7 +99,7 @@ def miniature_stages(*, scale: float = 1.0, num_scenes: int = 5000) -> list[Stag
             "instruct",
             ("vocabulary", "align"),
             _train_instruct,
-            _Training(run=_run(4200, 1.5e-3, scale, (projector, language_model)), batch_size=12, stream=4),
+            _Training(run=_run(4000, 1.5e-3, scale, (projector, language_model)), batch_size=12, stream=4),
         ),
         Stage("export", {}, ("vocabulary", "instruct"), _export),
         Stage("examine", {"scenes": num_scenes}, ("export", *_TRAINED), functools.partial(_examine, num_scenes)),
@@ -107,12 +111,22 @@ def _run(steps: int, lr: float, scale: float, trainable: tuple[str, ...] = ("*",
     optim = OptimConfig(
         name="muon", lr=lr, weight_decay=0.05, beta2=0.98, clip_norm=1.0, warmup_steps=max(1, steps // 40), schedule="wsd", decay_share=0.4
     )
-    return TrainConfig(steps=steps, optim=optim, trainable=trainable, compute_dtype="bfloat16")
+    return TrainConfig(steps=steps, optim=optim, trainable=trainable)
 
 
 def _training_stage(name: str, inputs: tuple[str, ...], run: Callable[[_Training, StageContext], None], training: _Training) -> Stage:
     settings = {**run_config_to_dict(training), "model": miniature_config().to_dict(), "seed": _SEED}
-    return Stage(name, settings, inputs, functools.partial(run, training))
+    return Stage(name, settings, ("precision", *inputs), functools.partial(_run_training, run, training))
+
+
+def _run_training(run: Callable[[_Training, StageContext], None], training: _Training, context: StageContext) -> None:
+    """Run a training stage in the dtype that this machine is fast in."""
+    compute_dtype = read_json(context.inputs["precision"] / _PRECISION_FILE)["compute_dtype"]
+    run(replace(training, run=replace(training.run, compute_dtype=compute_dtype)), context)
+
+
+def _choose_precision(context: StageContext) -> None:
+    write_json(context.out / _PRECISION_FILE, {"compute_dtype": faster_dtype()})
 
 
 def _train_vocabulary(context: StageContext) -> None:

@@ -15,14 +15,14 @@ from llavakit.world.truth import Truth, captions, listing
 __all__ = ["caption_pair", "draw_questions", "instruction", "small_talk", "text_instruction"]
 
 _WEIGHTS = {
-    "describe": 1.3,
+    "describe": 1.5,
     "count": 1.0,
-    "count_of": 1.3,
+    "count_of": 1.5,
     "exist": 1.3,
-    "color": 1.2,
+    "color": 1.4,
     "what": 1.0,
     "where": 1.2,
-    "side": 1.3,
+    "side": 3.0,
     "compare": 1.0,
     "read": 1.2,
     "reason": 1.2,

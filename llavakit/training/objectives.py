@@ -13,11 +13,12 @@ import torch
 
 from llavakit.model.llava import LossTerms, PackedBatch
 
-__all__ = ["NUM_SAMPLES", "NUM_TOKENS", "Objective", "PackedLoss"]
+__all__ = ["COMPUTE_DTYPES", "NUM_SAMPLES", "NUM_TOKENS", "Objective", "PackedLoss"]
 
 NUM_TOKENS, NUM_SAMPLES = "num_tokens", "num_samples"
 """Metrics from which the reporter works out rates; the other metrics are reported as shares of the first of them."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""TrainConfig.compute_dtype as torch's dtypes."""
 
 
 class Objective(Protocol):
@@ -37,7 +38,7 @@ class PackedLoss:
 
     def loss(self, model: Any, batch: Any) -> LossTerms:
         """Call loss_packed once; count the tokens and sequences of a PackedBatch (a filler counts as one)."""
-        terms: LossTerms = model.loss_packed(batch, dtype=_DTYPES[self.compute_dtype])
+        terms: LossTerms = model.loss_packed(batch, dtype=COMPUTE_DTYPES[self.compute_dtype])
         if not isinstance(batch, PackedBatch):
             return terms
         counts = {NUM_TOKENS: torch.tensor(batch.ids_T.numel()), NUM_SAMPLES: torch.tensor(batch.cu_seqlens.numel() - 1)}

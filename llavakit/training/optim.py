@@ -13,12 +13,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from llavakit.training.config import OptimConfig
+from llavakit.training.muon import Muon
 
 __all__ = ["build_optimizers", "clip_gradients", "lr_scale", "set_lr"]
 
 
-def build_optimizers(parameters: Mapping[str, Parameter], config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """Build the optimisers over the trainable parameters; vectors get no weight decay."""
+def build_optimizers(
+    parameters: Mapping[str, Parameter], config: OptimConfig, *, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """Build the optimisers over the trainable parameters; vectors get no weight decay, Muon orthogonalises in dtype."""
     matrices = {name for name, weight in parameters.items() if config.name == "muon" and weight.dim() == 2 and ".layers." in name}
     decayed = [weight for name, weight in parameters.items() if name not in matrices and weight.dim() > 1]
     plain = [weight for name, weight in parameters.items() if name not in matrices and weight.dim() <= 1]
@@ -29,7 +32,7 @@ def build_optimizers(parameters: Mapping[str, Parameter], config: OptimConfig) -
     if not matrices:
         return [adamw]
     inner = [weight for name, weight in parameters.items() if name in matrices]
-    muon = torch.optim.Muon(inner, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(inner, lr=config.lr, weight_decay=config.weight_decay, dtype=dtype)
     return [adamw, muon] if decayed or plain else [muon]
 
 

@@ -31,7 +31,7 @@ from llavakit.model.surgery import freeze
 from llavakit.storage.documents import write_json
 from llavakit.training.config import TrainConfig
 from llavakit.training.data import BatchSource, batch_digest
-from llavakit.training.objectives import NUM_SAMPLES, NUM_TOKENS, Objective, PackedLoss
+from llavakit.training.objectives import COMPUTE_DTYPES, NUM_SAMPLES, NUM_TOKENS, Objective, PackedLoss
 from llavakit.training.optim import build_optimizers, clip_gradients, lr_scale, set_lr
 from llavakit.training.reporting import Reporter, RunReporter, StepRecord, write_loss_curve
 from llavakit.training.state import RunState, Saves, run_lock
@@ -82,7 +82,7 @@ class Trainer:
         for row in freeze(model, config.trainable):
             _LOG.info("training %s: %d tensors, %d parameters", row.pattern, row.num_tensors, row.num_parameters)
         parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self.state = RunState(parameters, build_optimizers(parameters, config.optim))
+        self.state = RunState(parameters, build_optimizers(parameters, config.optim, dtype=COMPUTE_DTYPES[config.compute_dtype]))
         shapes = {name: tuple(weight.shape) for name, weight in parameters.items()}
         self.saves = Saves(run_dir, identity={**config.identity(), "parameters": shapes}, keep_last=config.save.keep_last)
 

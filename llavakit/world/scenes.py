@@ -134,7 +134,7 @@ def inset(rng: random.Random, scene: Scene, aspect: float) -> Scene:
 
 def _draw_things(rng: random.Random, aspect: float, *, held_out: bool) -> tuple[Thing, ...]:
     count = rng.randint(1, MAX_THINGS)
-    sizes = (0.19, 0.24, 0.32) if count <= 3 else (0.18, 0.22, 0.26) if count <= 5 else (0.17, 0.19, 0.22)
+    sizes = (0.20, 0.25, 0.33) if count <= 3 else (0.19, 0.23, 0.27) if count <= 5 else (0.18, 0.20, 0.23)
     things: list[Thing] = []
     for index in range(count):
         kind, name = _draw_name(rng, may_be_word=not any(thing.kind == "word" for thing in things))

@@ -18,13 +18,13 @@ from llavakit.storage.folder import read_manifest
 
 NUM_KILLS = 20
 SMALL = ("--scale", "0.001", "--scenes", "2")
-STAGES = ("vocabulary", "tower", "language", "align", "instruct", "export", "examine")
+STAGES = ("precision", "vocabulary", "tower", "language", "align", "instruct", "export", "examine")
 COMMAND = [sys.executable, "-c", "import sys; from llavakit.cli.main import main; sys.argv[0] = 'llava'; main()", "reproduce"]
 
 
 def digests(folder: Path) -> dict[str, list[str]]:
     """SHA-256 of each stage's weights or tokenizer; metrics hold seconds and differ."""
-    made = {stage: read_manifest(folder / stage) or {} for stage in STAGES[:-1]}
+    made = {stage: read_manifest(folder / stage) or {} for stage in STAGES[1:-1]}
     return {
         stage: [entry.sha256 for name, entry in files.items() if name.endswith((".safetensors", ".model"))] for stage, files in made.items()
     }

@@ -5,6 +5,7 @@ import torch
 from torch.nn import Parameter
 
 from llavakit.training.config import OptimConfig
+from llavakit.training.muon import Muon, orthogonalize
 from llavakit.training.optim import build_optimizers, clip_gradients, lr_scale, set_lr
 from tests.toy_run import toy_core
 
@@ -26,6 +27,37 @@ def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest() -> None:
     rest = {id(weight) for group in adamw.param_groups for weight in group["params"]}
     assert inner | rest == {id(weight) for weight in parameters.values()}
     assert not inner & rest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_updates_as_torchs_own_does(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((8, 24), (24, 8), (8, 24), (16, 16))]
+    ours, theirs = [Parameter(weight.clone()) for weight in start], [Parameter(weight.clone()) for weight in start]
+    muon = Muon(ours, lr=0.1, weight_decay=0.2, dtype=dtype)
+    oracle = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        muon.step()
+        oracle.step()
+    # An update's entries are up to 0.1 * 0.2 * sqrt(24) * 1.2 = 0.12; torch's iteration rounds each product to bfloat16 (2^-8).
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=6e-3)
+
+
+def test_orthogonalized_singular_values_lie_around_one() -> None:
+    x = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(x))
+    assert 0.6 < float(values.min()) < float(values.max()) < 1.3
+    torch.testing.assert_close(orthogonalize(x.mT), orthogonalize(x).mT)
+
+
+def test_muon_leaves_parameters_without_a_gradient_alone() -> None:
+    weight = Parameter(torch.ones(2, 2))
+    Muon([weight], lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(weight, torch.ones(2, 2))
 
 
 def test_schedules_at_their_corners() -> None:
