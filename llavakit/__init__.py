@@ -16,9 +16,13 @@ __all__ = [
     "LlamaTokenizer",
     "LlavaConfig",
     "LlavaLlamaForCausalLM",
+    "LlavaNextConfig",
     "LlavaProcessor",
     "Message",
+    "MistralConfig",
+    "Qwen2Config",
     "SamplingParams",
+    "SiglipVisionConfig",
     "TextPart",
 ]
 
@@ -33,10 +37,18 @@ def __getattr__(name: str) -> Any:
             from llavakit.pretrained import causal_lm
 
             return getattr(causal_lm, name)
-        case "ClipVisionConfig" | "LlamaConfig" | "LlavaConfig":
+        case "LlamaConfig" | "MistralConfig" | "Qwen2Config":
             from llavakit.model import config
 
             return getattr(config, name)
+        case "ClipVisionConfig" | "SiglipVisionConfig":
+            from llavakit.model import vision_config
+
+            return getattr(vision_config, name)
+        case "LlavaConfig" | "LlavaNextConfig":
+            from llavakit.model import llava_config
+
+            return getattr(llava_config, name)
         case "LlamaTokenizer":
             from llavakit.processing.tokenizer import slow
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from llavakit.checkpoint.hf import save_folder
 from llavakit.checkpoint.layouts import LLAMA, LLAVA_HF
 from llavakit.checkpoint.rules import Layout
-from llavakit.model.config import ClipVisionConfig, LlamaConfig, LlavaConfig
+from llavakit.model.config import LlamaConfig, MistralConfig, Qwen2Config
+from llavakit.model.llava_config import DEFAULT_PINPOINTS, LlavaConfig, LlavaNextConfig
+from llavakit.model.vision_config import ClipVisionConfig, SiglipVisionConfig
 from llavakit.pretrained.causal_lm import LlamaForCausalLM, LlavaLlamaForCausalLM
 from llavakit.processing.chat import TEMPLATES
 from llavakit.processing.image import ImageProcessor
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration as HfLlava
 
 __all__ = [
+    "DECODER_KINDS",
+    "FAMILIES",
     "IMAGE_TOKEN",
     "NUM_IMAGE_TOKENS",
     "NUM_PIECES",
@@ -39,6 +43,10 @@ __all__ = [
     "VOCAB",
     "Variant",
     "copy_weights",
+    "decoder_config",
+    "family_config",
+    "hf_decoder",
+    "hf_family",
     "hf_llama",
     "hf_llava",
     "llama",
@@ -98,6 +106,85 @@ def llava_config(variant: Variant = VARIANTS[1]) -> LlavaConfig:
     )
 
 
+DECODER_KINDS: dict[str, tuple[type[LlamaConfig], dict[str, Any]]] = {
+    "rope-linear": (LlamaConfig, {"rope_scaling": {"type": "linear", "factor": 3.0}}),
+    "rope-dynamic": (LlamaConfig, {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16}),
+    "rope-llama3": (
+        LlamaConfig,
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "wide-heads": (LlamaConfig, {"head_dim": 24}),
+    "mistral": (MistralConfig, {"sliding_window": None, "rope_theta": 1e6}),
+    "mistral-window": (MistralConfig, {"sliding_window": 9}),
+    "qwen2": (Qwen2Config, {"rope_theta": 1e6}),
+}
+"""Decoders beside plain Llama, by what is special about them."""
+FAMILIES: dict[str, tuple[str, str, bool]] = {
+    "1.5": ("llama", "clip", False),
+    "bakllava": ("mistral", "clip", False),
+    "interleave": ("qwen2", "siglip", False),
+    "1.6-vicuna": ("llama", "clip", True),
+    "1.6-mistral": ("mistral", "clip", True),
+    "1.6-llama3": ("rope-llama3", "clip", True),
+    "1.6-qwen": ("qwen2", "clip", True),
+    "1.6-siglip": ("llama", "siglip", True),
+}
+"""The family: decoder, tower, and whether pictures are cut by their size."""
+
+
+def decoder_config(kind: str) -> LlamaConfig:
+    """Configure a two-layer decoder of a kind of DECODER_KINDS, or plain llama."""
+    cls, special = DECODER_KINDS.get(kind, (LlamaConfig, {}))
+    shape = {name: value for name, value in llama_config().to_dict().items() if name not in ("model_type", "rope_parameters")}
+    return cls(**{**shape, "bos_token_id": 1, "eos_token_id": 2, **special})
+
+
+def family_config(name: str) -> LlavaConfig:
+    """Configure a tiny member of the family."""
+    decoder, tower, is_next = FAMILIES[name]
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    shape |= {"image_size": SIDE, "patch_size": PATCH}
+    parts: dict[str, Any] = {
+        "text_config": decoder_config(decoder),
+        "vision_config": ClipVisionConfig(**shape) if tower == "clip" else SiglipVisionConfig(**shape),
+        "image_token_index": IMAGE_TOKEN,
+        "vision_feature_select_strategy": "default" if tower == "clip" else "full",
+        "vision_feature_layer": -2 if tower == "clip" else -1,
+    }
+    if not is_next:
+        return LlavaConfig(**parts)
+    pinpoints = [[height * SIDE // 336, width * SIDE // 336] for height, width in DEFAULT_PINPOINTS]
+    return LlavaNextConfig(**parts, image_grid_pinpoints=pinpoints)
+
+
+def hf_decoder(config: LlamaConfig, seed: int = 0) -> Any:
+    """Build the oracle of a decoder's config with random weights of unit scale."""
+    import transformers
+
+    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[config.model_type]
+    theirs = getattr(transformers, f"{kind}Config")(**config.to_dict())
+    return scale_weights(getattr(transformers, f"{kind}ForCausalLM")._from_config(theirs, attn_implementation="eager"), seed).eval()
+
+
+def hf_family(config: LlavaConfig, seed: int = 0) -> Any:
+    """Build the oracle of a LLaVA's config with random weights of unit scale."""
+    import transformers
+
+    kind = "LlavaNext" if isinstance(config, LlavaNextConfig) else "Llava"
+    theirs = getattr(transformers, f"{kind}Config")(**config.to_dict())
+    oracle = getattr(transformers, f"{kind}ForConditionalGeneration")._from_config(theirs, attn_implementation="eager")
+    return scale_weights(oracle, seed).eval()
+
+
 def llama(variant: Variant = VARIANTS[1]) -> LlamaForCausalLM:
     """Build our language model with random weights of unit scale."""
     return scale_weights(LlamaForCausalLM(llama_config(variant)), variant.seed).eval()
@@ -130,17 +217,20 @@ def copy_weights(oracle: torch.nn.Module, ours: _Model, layout: Layout | None = 
     """Give our model the oracle's weights, renamed as a checkpoint's would be; layout None chooses by the model's class."""
     if layout is None:
         layout = LLAVA_HF if isinstance(ours, LlavaLlamaForCausalLM) else LLAMA
-    ours.load_state_dict({layout.target(name) or name: weight for name, weight in oracle.state_dict().items()})
+    kept = {name: weight for name, weight in oracle.state_dict().items() if layout.drop_reason(name) is None}
+    ours.load_state_dict({layout.target(name) or name: weight for name, weight in kept.items()})
     return ours
 
 
 def scale_weights(model: _Model, seed: int = 0) -> _Model:
-    """Draw all matrices anew with unit scale: embeddings with variance 1, products that keep the variance."""
+    """Draw matrices anew with unit scale: embeddings with variance 1, products that keep the variance; biases a third of that."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in model.parameters():
+        for name, weight in model.named_parameters():
             if weight.dim() > 1:
                 weight.normal_(0.0, 1.0 if weight.shape[0] == VOCAB else weight[0].numel() ** -0.5, generator=generator)
+            elif name.endswith((".bias", "image_newline")):
+                weight.normal_(0.0, 0.3, generator=generator)
     return model
 
 

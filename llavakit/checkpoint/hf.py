@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.storage.documents import write_json
 from llavakit.storage.folder import atomic_folder
@@ -27,6 +28,7 @@ __all__ = ["MAX_SHARD_BYTES", "save_checkpoint", "save_folder"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 _Model = LlamaCore | LlavaCore | LlamaDecoder
 
 
@@ -62,13 +64,14 @@ def _config(model: _Model) -> LlamaConfig | LlavaConfig:
 
 def _architecture(model: _Model) -> str:
     """Name the class of transformers that loads the files."""
+    kind = _CLASSES[_config(model).model_type]
     match model:
         case LlavaCore():
-            return "LlavaForConditionalGeneration"
+            return f"{kind}ForConditionalGeneration"
         case LlamaCore():
-            return "LlamaForCausalLM"
+            return f"{kind}ForCausalLM"
         case LlamaDecoder():
-            return "LlamaModel"
+            return f"{kind}Model"
 
 
 def _config_values(config: LlamaConfig | LlavaConfig, architecture: str, dtypes: list[torch.dtype]) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from llavakit.checkpoint.detect import Kind, detect_kind, foreign_kind
 from llavakit.checkpoint.layouts import LLAMA, LLAMA_DECODER, LLAVA_HF
 from llavakit.checkpoint.rules import Layout, plan_load
 from llavakit.errors import CheckpointError, ConfigError
-from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.model.config import DECODERS, LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.storage.documents import read_json
 from llavakit.storage.tensors import TensorFolder
 
@@ -35,7 +36,9 @@ def load_config(folder: Path) -> LlamaConfig | LlavaConfig:
         raise CheckpointError(f"{folder} has no config.json" if kind is None else f"{folder} holds {kind}")
     values = read_json(path)
     try:
-        return LlavaConfig.from_dict(values) if detect_kind(values) is Kind.LLAVA_HF else LlamaConfig.from_dict(values)
+        if detect_kind(values) is Kind.LLAVA_HF:
+            return LlavaConfig.from_dict(values)
+        return DECODERS[values["model_type"]].from_dict(values)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -9,32 +9,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llavakit.errors import InputError
-from llavakit.geometry import num_image_tokens
-from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.ops.loss import IGNORE
 from llavakit.pretrained.dense import DenseInput, DenseResult, run_dense
 from llavakit.pretrained.files import PretrainedFiles
 from llavakit.pretrained.generation import Generation
 from llavakit.pretrained.outputs import BaseModelOutputWithPast, Cache, CausalLMOutputWithPast
+from llavakit.pretrained.pictures import gather
+from llavakit.pretrained.resizing import ResizableVocabulary
 from llavakit.pretrained.splice import splice
 
 __all__ = ["LlamaForCausalLM", "LlamaModel", "LlavaLlamaForCausalLM"]
 
 
-class LlamaModel(PretrainedFiles, LlamaDecoder):
-    """The decoder without a head."""
+class LlamaModel(PretrainedFiles, ResizableVocabulary, LlamaDecoder):
+    """The decoder without a head; a LlavaConfig stands for its language model."""
 
     config_class = LlamaConfig
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig | LlavaConfig) -> None:
         config.validate()
+        config = config.get_text_config()
         super().__init__(config)
         self.config = config
         config.mark_built()
@@ -59,6 +61,7 @@ class LlamaModel(PretrainedFiles, LlamaDecoder):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past=past_key_values,
+            window=self.config.get_text_config().window,
             record_attentions=output_attentions is True,
             record_hidden=output_hidden_states is True,
         )
@@ -72,7 +75,7 @@ class LlamaModel(PretrainedFiles, LlamaDecoder):
         return output.to_tuple() if return_dict is False else output
 
 
-class LlamaForCausalLM(PretrainedFiles, Generation, LlamaCore):
+class LlamaForCausalLM(PretrainedFiles, ResizableVocabulary, Generation, LlamaCore):
     """A Llama language model."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -98,6 +101,7 @@ class LlamaForCausalLM(PretrainedFiles, Generation, LlamaCore):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past=past_key_values,
+            window=self.config.get_text_config().window,
             record_attentions=output_attentions is True,
             record_hidden=output_hidden_states is True,
         )
@@ -105,7 +109,7 @@ class LlamaForCausalLM(PretrainedFiles, Generation, LlamaCore):
         return output.to_tuple() if return_dict is False else output
 
 
-class LlavaLlamaForCausalLM(PretrainedFiles, Generation, LlavaCore):
+class LlavaLlamaForCausalLM(PretrainedFiles, ResizableVocabulary, Generation, LlavaCore):
     """LLaVA: pictures and text in, text out."""
 
     def __init__(self, config: LlavaConfig) -> None:
@@ -124,31 +128,28 @@ class LlavaLlamaForCausalLM(PretrainedFiles, Generation, LlavaCore):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         images: Tensor | Sequence[Tensor] | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        image_sizes: Tensor | Sequence[Sequence[int]] | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run [B, S] ids with the pictures that their image ids stand for, in order over the whole batch.
 
-        images (pixel_values is the same) is [N, 3, side, side]. An image id standing alone (-200 or config.image_token_index)
-        is expanded to all features of its picture, and the outputs are longer accordingly; a full run keeps its length.
+        images (pixel_values is the same) is [N, 3, side, side]; for the forms of v1.6, and image_sizes, see pictures.gather. An image
+        id standing alone (-200 or config.image_token_index) is expanded to all features of its picture, and the outputs are longer
+        accordingly; a full run keeps its length.
         Raises: InputError when ids and pictures do not fit, or both or neither of input_ids and inputs_embeds are given.
         """
-        pixels = _pixels(images, pixel_values)
-        if input_ids is not None and pixels is not None:
-            spliced = splice(
-                input_ids,
-                attention_mask,
-                labels,
-                image_id=self.config.image_token_index,
-                tokens_per_image=num_image_tokens(self.config.image_grid),
-            )
+        pictures = gather(self.config, images=images, pixel_values=pixel_values, image_sizes=image_sizes)
+        if input_ids is not None and pictures is not None:
+            spliced = splice(input_ids, attention_mask, labels, image_id=self.config.image_token_index, counts=pictures.counts)
             input_ids, attention_mask, labels = spliced.ids_BS, spliced.attention_mask, spliced.labels
-        features_FD = None if pixels is None else self.encode_images(pixels)
+        features_FD = None if pictures is None else self.encode_images(pictures.tiles_N3SS, pictures.grids)
         given = DenseInput(
             x_BSD=_one_of(input_ids, inputs_embeds, lambda ids_BS: self.embed(ids_BS.flatten(), features_FD).unflatten(0, ids_BS.shape)),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past=past_key_values,
+            window=self.config.get_text_config().window,
             record_attentions=output_attentions is True,
             record_hidden=output_hidden_states is True,
         )
@@ -177,14 +178,6 @@ def _one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None, embed: Any) 
         raise InputError("give exactly one of input_ids and inputs_embeds")
     x_BSD: Tensor = embed(input_ids) if inputs_embeds is None else inputs_embeds
     return x_BSD
-
-
-def _pixels(images: Tensor | Sequence[Tensor] | None, pixel_values: Tensor | None) -> Tensor | None:
-    if images is not None and pixel_values is not None:
-        raise InputError("images and pixel_values are the same thing; give one of them")
-    if images is None:
-        return pixel_values
-    return images if isinstance(images, Tensor) else torch.stack(tuple(images))
 
 
 def _cache_flag(asked: bool | None, default: bool) -> bool:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from llavakit.checkpoint.load import load_config, load_core, load_weights
 from llavakit.errors import CheckpointError
-from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import init_weights
 from llavakit.storage.tensors import write_tensors
 from tests.tiny import VARIANTS, VOCAB, Variant, llama_config, llava_config
