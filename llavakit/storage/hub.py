@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from llavakit.errors import CheckpointError
+from llavakit.storage.folder import MANIFEST_NAME
 
 __all__ = ["check_inside", "is_hub_id", "resolve_model", "upload_folder"]
 
@@ -101,7 +102,11 @@ def upload_folder(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message).commit_url)
+        # Cards are edited on the hub, so a manifest of this moment would soon be wrong there.
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, ignore_patterns=[MANIFEST_NAME]
+        )
+        return str(commit.commit_url)
 
 
 def check_inside(path: Path, folder: Path) -> None:
