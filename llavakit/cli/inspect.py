@@ -19,17 +19,19 @@ from llavakit.storage.tensors import TensorFolder
 __all__ = ["inspect"]
 
 
-def inspect(path: str, *, json: bool = False) -> None:
+def inspect(path: str, *, revision: str | None = None, json: bool = False) -> None:
     """Show a checkpoint's kind, size, dtypes, template and preprocessing without loading its weights.
 
     Parameters
     ----------
     path
         Folder or hub id.
+    revision
+        Branch, tag or commit of a hub id.
     json
         Print one JSON object instead of lines.
     """
-    folder = resolve_model(path)
+    folder = resolve_model(path, revision=revision)
     config = load_config(folder)
     tensors = TensorFolder(folder)
     specs = tensors.specs

@@ -7,6 +7,7 @@ Legend: T tokens  D model width  V vocabulary  M chosen rows  F image features  
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,7 +27,7 @@ from llavakit.model.vision import VisionTower
 from llavakit.ops.attention import Attention, Packed
 from llavakit.ops.loss import IGNORE, linear_cross_entropy
 
-__all__ = ["IMAGE_PLACEHOLDER", "LlamaCore", "LlavaCore", "LossTerms", "PackedBatch"]
+__all__ = ["IMAGE_PLACEHOLDER", "LlamaCore", "LlavaCore", "LossTerms", "PackedBatch", "check_ids"]
 
 _TOWER_BATCH = 16
 IMAGE_PLACEHOLDER = -200
@@ -81,7 +82,8 @@ class LlamaCore(nn.Module):
         return self.model.embed_tokens
 
     def embed(self, ids_T: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Look up x_TD, cast to dtype (the weights' own if None)."""
+        """Look up x_TD, cast to dtype (the weights' own if None). Raises: InputError for ids outside the vocabulary."""
+        check_ids(ids_T, self.config.vocab_size)
         x_TD: Tensor = self.model.embed_tokens(ids_T)
         return x_TD if dtype is None else x_TD.to(dtype)
 
@@ -130,8 +132,10 @@ class LlavaCore(nn.Module):
     ) -> Tensor:
         """Turn N tiles into projected features_FD, picture by picture; grids say which tiles are one picture (None: each is).
 
-        Gradients reach the tower only where it is trainable. Raises: InputError when the tiles are not those of the grids.
+        Gradients reach the tower only where it is trainable.
+        Raises: InputError when the tiles are not those of the grids, of another shape, not floats, or not finite.
         """
+        _check_pixels(pixels_N3SS)
         grids = (self.config.image_grid,) * pixels_N3SS.shape[0] if grids is None else grids
         counts = [num_tiles(grid) for grid in grids]
         if sum(counts) != pixels_N3SS.shape[0]:
@@ -155,7 +159,7 @@ class LlavaCore(nn.Module):
     def embed(self, ids_T: Tensor, features_FD: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
         """Look up x_TD and put the features, in order, where ids are the image token (or -200).
 
-        Raises: InputError when placeholders and features differ in number.
+        Raises: InputError when placeholders and features differ in number, or ids lie outside the vocabulary.
         """
         is_image_T = (ids_T == self.config.image_token_index) | (ids_T == IMAGE_PLACEHOLDER)
         num_slots, num_features = int(is_image_T.sum()), 0 if features_FD is None else features_FD.shape[0]
@@ -182,6 +186,29 @@ class LlavaCore(nn.Module):
         """Sum the cross entropy over the batch's supervised positions, pictures included, activations in dtype."""
         features_FD = None if batch.pixels_N3SS is None else self.encode_images(batch.pixels_N3SS, batch.grids, dtype=dtype)
         return _decoder_loss(self.language_model, self.embed(batch.ids_T, features_FD, dtype=dtype), batch)
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Check that ids can be looked up; on CUDA this waits for the device. Raises: InputError.
+
+    On CUDA a look-up outside the table would end the process, not just the call.
+    """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"ids must be integers, got {ids.dtype}; use the tokenizer's tensor")
+    if ids.numel() == 0:
+        return
+    low, high = torch.stack(torch.aminmax(ids)).tolist()
+    if low < 0 or high >= vocab_size:
+        raise InputError(f"ids must lie in 0..{vocab_size - 1}, got {low}..{high}; does the tokenizer belong to this model?")
+
+
+def _check_pixels(pixels: Tensor) -> None:
+    """Check dtype and values; on CUDA this waits for the device. Raises: InputError."""
+    if not pixels.is_floating_point():
+        raise InputError(f"pixels must be normalised floats, got {pixels.dtype}; use the model's own processor")
+    # NaN anywhere is both the smallest and the largest value: one pass, no copy.
+    if pixels.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(pixels)).tolist())):
+        raise InputError("pixels hold NaN or infinite values; use the model's own processor")
 
 
 def _decoder_loss(core: LlamaCore, x_TD: Tensor, batch: PackedBatch) -> LossTerms:

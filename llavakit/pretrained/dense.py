@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llavakit.errors import InputError
 from llavakit.ops.attention import Attention
 from llavakit.pretrained.outputs import Cache
 
@@ -73,7 +72,7 @@ class DenseInput:
 
 
 def run_dense(forward_packed: Callable[[Tensor, Tensor, Attention, list[Tensor] | None], Tensor], given: DenseInput) -> DenseResult:
-    """Run the packed core over a batch. Raises: InputError where shapes do not fit."""
+    """Run the packed core over a batch whose parts fit each other (inputs.check_batch)."""
     num_rows, num_new = given.x_BSD.shape[:2]
     device, num_past = given.x_BSD.device, 0 if given.past is None else given.past[0][0].shape[2]
     mask_BC = _mask(given.attention_mask, num_rows, num_past + num_new, device)
@@ -99,6 +98,4 @@ def run_dense(forward_packed: Callable[[Tensor, Tensor, Attention, list[Tensor] 
 def _mask(mask: Tensor | None, num_rows: int, num_all: int, device: torch.device) -> Tensor:
     if mask is None:
         return torch.ones(num_rows, num_all, dtype=torch.bool, device=device)
-    if tuple(mask.shape) != (num_rows, num_all):
-        raise InputError(f"attention_mask must be [{num_rows}, {num_all}] (cached and new positions), got {list(mask.shape)}")
     return mask.to(device).bool()

@@ -88,6 +88,8 @@ def _per_picture(given: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if isinstance(given, Tensor) and given.dim() not in (4, 5):
         raise InputError(f"pictures must be [N, 3, S, S] or [N, tiles, 3, S, S], got {list(given.shape)}")
     pictures = [picture.unsqueeze(0) if picture.dim() == 3 else picture for picture in given]
+    if not pictures:
+        raise InputError("pictures must hold at least one picture, got none; leave the argument out for text alone")
     for picture in pictures:
         if picture.dim() != 4:
             raise InputError(f"a picture must be [3, S, S] or [tiles, 3, S, S], got {list(picture.shape)}")
@@ -98,7 +100,7 @@ def _joined(pictures: Sequence[Tensor]) -> Tensor:
     shapes = {tuple(picture.shape[1:]) for picture in pictures}
     if len(shapes) > 1:
         raise InputError(f"all tiles must have one shape, got {sorted(shapes)}; use the model's processor")
-    return torch.cat(list(pictures)) if pictures else torch.empty(0, 3, 1, 1)
+    return torch.cat(list(pictures))
 
 
 def _flat_grid(config: LlavaConfig, count: int) -> ImageGrid:

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llavakit.errors import InputError
 from llavakit.model.llava import IMAGE_PLACEHOLDER
 from llavakit.ops.loss import IGNORE
+from llavakit.pretrained.inputs import check_id_shape
 
 __all__ = ["Spliced", "splice"]
 
@@ -34,7 +36,9 @@ def splice(ids_BS: Tensor, attention_mask: Tensor | None, labels: Tensor | None,
     """Expand the i-th placeholder to counts[i] ids, fill shorter rows up on the right, and mask what was added.
 
     Whether the ids fit the pictures is checked where the features are put in their place (LlavaCore.embed).
+    Raises: InputError when ids are no integer rows, or mask or labels are not as wide as ids that must be expanded.
     """
+    check_id_shape(ids_BS)
     pending = deque(counts)
     repeats = torch.tensor([_repeats(ids_S, image_id, pending) for ids_S in ids_BS.tolist()], device=ids_BS.device)
     is_placeholder_BS = repeats > 0
@@ -42,6 +46,11 @@ def splice(ids_BS: Tensor, attention_mask: Tensor | None, labels: Tensor | None,
     repeats = repeats.clamp(min=1)
     if bool((repeats == 1).all()):
         return Spliced(ids_BS, attention_mask, labels)
+    for name, values in (("attention_mask", attention_mask), ("labels", labels)):
+        if values is not None and values.shape != ids_BS.shape:
+            raise InputError(
+                f"{name} must be {list(ids_BS.shape)} like the ids, whose image ids are still to be expanded, got {list(values.shape)}"
+            )
     mask_BS = torch.ones_like(ids_BS) if attention_mask is None else attention_mask
     width = int(repeats.sum(1).max())
     labels_BS = None if labels is None else labels.masked_fill(is_placeholder_BS, IGNORE)
