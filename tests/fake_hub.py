@@ -69,7 +69,8 @@ class FakeHub:
         self.status: int | None = None
         """Answer everything with this status."""
         self.cut: dict[str, int] = {}
-        """Send so many bytes of a file and hang up, once."""
+        """Send so many bytes of a file and hang up, once (always where is_cutting_on)."""
+        self.is_cutting_on = False
         self.commits: list[tuple[str, str, str]] = []
         """Repository, branch and message of each commit."""
         self.uploads: Files = {}
@@ -165,7 +166,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                     start, status = int(range_.removeprefix("bytes=").split("-")[0]), 206
                     headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
                 if name in hub.cut:
-                    return self._send(status, data[start:], headers, hub.cut.pop(name))
+                    return self._send(status, data[start:], headers, hub.cut[name] if hub.is_cutting_on else hub.cut.pop(name))
             return self._send(status, data[start:], headers)
 
         def _write(self, path: str, body: bytes) -> None:

@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llavakit.errors import ConfigError
+from llavakit.errors import CheckpointError, ConfigError
+from llavakit.logs import logger
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.storage.documents import read_text
+from llavakit.storage.hub import check_inside
 from llavakit.types import Conversation
 
 __all__ = ["CardFacts", "Licence", "build_card", "choose_licence", "copy_licences", "find_licences"]
 
+_LOG = logger("checkpoint")
 _LICENCE_FILE = re.compile(r"(licen[sc]e|notice|use[_-]policy|copying)\b.*", re.IGNORECASE)
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _KEY = re.compile(r"(license|license_name|license_link):\s*(\S.*?)\s*")
@@ -88,7 +91,7 @@ def choose_licence(stated: str | None, source: Path | None) -> Licence:
         if _LICENCE_ID.fullmatch(stated) is None:
             raise ConfigError(f"license must be one of the hub's ids (like apache-2.0, llama2, other), got {stated!r}")
         return Licence(license=stated)
-    if source is None:
+    if source is None or not source.is_dir():
         return Licence()
     if (source / "README.md").is_file() and (found := _read_front_matter(read_text(source / "README.md"))):
         return Licence(**found)
@@ -102,8 +105,13 @@ def find_licences(folder: Path) -> list[Path]:
 
 
 def copy_licences(source: Path, folder: Path) -> None:
-    """Copy a folder's licence files into another folder."""
+    """Copy a folder's licence files into another folder; a link that leads elsewhere is left out, and that is logged."""
     for path in find_licences(source):
+        try:
+            check_inside(path, source)
+        except CheckpointError as error:
+            _LOG.warning("left out a licence file: %s", error)
+            continue
         shutil.copyfile(path, folder / path.name)
 
 

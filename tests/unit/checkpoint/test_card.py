@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from llavakit.checkpoint.card import CardFacts, Licence, build_card, choose_licence, find_licences
+from llavakit.checkpoint.card import CardFacts, Licence, build_card, choose_licence, copy_licences, find_licences
 from llavakit.errors import ConfigError
 from tests.tiny import llama_config, llava_config, tiny_processor
 
@@ -96,8 +96,8 @@ def test_the_sources_licence_is_found(tmp_path: Path, files: dict[str, str], exp
     assert choose_licence("apache-2.0", tmp_path) == Licence(license="apache-2.0")
 
 
-def test_no_source_and_impossible_ids() -> None:
-    assert choose_licence(None, None) == Licence()
+def test_no_source_and_impossible_ids(tmp_path: Path) -> None:
+    assert choose_licence(None, None) == choose_licence(None, tmp_path / "gone") == Licence()
     with pytest.raises(ConfigError, match="got 'two words'"):
         choose_licence("two words", None)
 
@@ -108,3 +108,15 @@ def test_which_files_are_licences(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "LICENSES").mkdir()
     assert {path.name for path in find_licences(tmp_path)} == yes
+
+
+def test_links_that_lead_elsewhere_are_not_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
+    (source / "NOTICE").symlink_to(tmp_path / "secret")
+    (source / "LICENSE").write_text("terms", encoding="utf-8")
+    copy_licences(source, out)
+    assert [path.name for path in out.iterdir()] == ["LICENSE"]
+    assert "left out a licence file: NOTICE leads outside" in caplog.text

@@ -175,6 +175,19 @@ def test_a_broken_download_goes_on_where_it_broke(hub: FakeHub, monkeypatch: pyt
     assert hub.fetched.count("model.safetensors") == 2
 
 
+def test_a_connection_that_stays_broken_is_said_and_complete_files_are_kept(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.add(MODEL, FILES)
+    hub.cut["model.safetensors"], hub.is_cutting_on = 0, True
+    with pytest.raises(CheckpointError, match=f"owner/name: the connection to {hub.url} failed .* check the network and try again"):
+        resolve_model(MODEL)
+    hub.cut.clear()
+    hub.fetched.clear()
+    assert names(resolve_model(MODEL)) == WANTED
+    assert "model.safetensors" in hub.fetched
+    assert len(hub.fetched) < len(WANTED)
+
+
 def test_files_that_are_complete_are_not_fetched_again(hub: FakeHub) -> None:
     repo = hub.add(MODEL, FILES)
     resolve_model(MODEL)
