@@ -68,25 +68,29 @@ class AddedTokens:
         if self._pattern is None:
             longest_first = sorted(self._ids, key=len, reverse=True)
             self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        parts = self._pattern.split(text)
-        for place in range(1, len(parts), 2):
-            self._heed_flags(parts, place)
+        parts = [part for part in self._pattern.split(text) if part]
         for place, part in enumerate(parts):
+            if part in self._ids:
+                self._heed_flags(parts, place)
+        for part in parts:
             if part:
-                yield self._ids[part] if place % 2 else part
+                yield self._ids.get(part, part)
 
     def _heed_flags(self, parts: list[str], place: int) -> None:
+        """Strip the neighbours of a token, or make it part of one; both are judged as they stand before stripping."""
         token = self._tokens[self._ids[parts[place]]]
-        left, right = parts[place - 1], parts[place + 1]
-        if token.rstrip:
-            right = right.lstrip()
-        if token.lstrip:
-            left = left.rstrip()
+        left = parts[place - 1] if place > 0 else ""
+        right = parts[place + 1] if place + 1 < len(parts) else ""
+        if token.rstrip and right:
+            parts[place + 1] = right.lstrip()
+        if token.lstrip and left:
+            parts[place - 1] = left.rstrip()
         if token.single_word and left and left[-1] != " ":
-            left, parts[place] = left + token.content, ""
+            parts[place - 1] += token.content
+            parts[place] = ""
         elif token.single_word and right and right[0] != " ":
-            right, parts[place] = token.content + right, ""
-        parts[place - 1], parts[place + 1] = left, right
+            parts[place + 1] = token.content + parts[place + 1]
+            parts[place] = ""
 
 
 def in_order(numbered: Numbered) -> list[tuple[int, AddedToken]]:

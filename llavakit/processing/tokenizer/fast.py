@@ -260,7 +260,7 @@ class LlamaTokenizerFast(TextTokenizer):
         """Build every file of the tokenizer by name; tokenizer.model too where it was given."""
         own = {
             "tokenizer_class": "PreTrainedTokenizerFast" if self._kind.is_byte_level else "LlamaTokenizerFast",
-            **{key: value for key, value in self.config.items() if key not in ("extra_special_tokens", "additional_special_tokens")},
+            **self.config,
             "add_bos_token": self.add_bos_token,
             "add_eos_token": self.add_eos_token,
             "use_default_system_prompt": self.use_default_system_prompt,

@@ -118,8 +118,7 @@ def assign_roles(tokenizer: TextTokenizer, settings: Settings) -> None:
 def settings_files(tokenizer: TextTokenizer, config: Mapping[str, Any]) -> dict[str, bytes]:
     """Build the JSON files; config holds what is not the same for all tokenizers."""
     roles = tokenizer.special_tokens_map
-    values = {
-        **config,
+    own = {
         "added_tokens_decoder": {str(index): entry_of_token(token) for index, token in tokenizer.added_tokens_decoder.items()},
         **{role: roles.get(role) for role in ("bos_token", "eos_token", "unk_token", "pad_token")},
         **roles,
@@ -129,6 +128,7 @@ def settings_files(tokenizer: TextTokenizer, config: Mapping[str, Any]) -> dict[
         "truncation_side": tokenizer.truncation_side,
         "model_max_length": tokenizer.model_max_length,
     }
+    values = {key: value for key, value in config.items() if key not in own and key not in _EXTRA_KEYS} | own
     beyond = {token: index for token, index in tokenizer.added_tokens_encoder.items() if index >= tokenizer.vocab_size}
     return {
         "tokenizer_config.json": json_bytes(values),

@@ -18,6 +18,7 @@ from tokenizers import AddedToken
 KINDS = ("legacy", "plain", "fast", "legacy_eos", "fast_eos")
 """The recorded tokenizers: slow with and without legacy, fast; the last two add eos, and plain tokens beside the special ones."""
 _MARKS = ("<s>", "</s>", "<unk>", "<image>", "<pad>", "<tool>")
+_WORDS = ("the", "Red", "circle", "of", "3", "2026", "left", "USER:", "naïve", "it's", "don't", "Straße", "e.g.", "<0x20>", "</", "<s")
 _FIXED = (
     "", " ", "  ", "   ", "\u2581", "\u2581\u2581a", "Hello", " Hello", "  Hello", "Hello ", "Hello  world", "a    b", " " * 20 + "end",
     "\n", "\n\n", " \n ", "\t", "tab\tx", "a\r\nb", "naïve café", "e\u0301", "日本語", "한국어 문장", "العربية", "हिन्दी", "ẹ̀rọ",
@@ -39,14 +40,13 @@ def texts() -> list[str]:
 def drawn_texts(seed: int, count: int, *, with_marks: bool) -> Iterator[str]:
     """Draw texts of words, runs of white space, digits, controls, scripts, emoji and, if asked for, special tokens."""
     rng = random.Random(seed)
-    words = ("the Red circle of 3 2026 left USER: naïve it's don't Straße ASSISTANT: e.g. <0x20> </ <s").split()
     ranges = ((32, 126), (0, 32), (0xA0, 0x24F), (0x370, 0x3FF), (0x400, 0x4FF), (0x4E00, 0x9FFF), (0x1F300, 0x1F6FF), (0x2000, 0x206F))
     for _ in range(count):
         parts = []
         for _ in range(rng.randint(1, 9)):
             match rng.randrange(7 if with_marks else 6):
                 case 0 | 1:
-                    parts.append(rng.choice(words) + rng.choice(("", " ", " ", ", ")))
+                    parts.append(rng.choice(_WORDS) + rng.choice(("", " ", " ", ", ")))
                 case 2:
                     parts.append(rng.choice((" ", "\n", "\t", "\u2581", "\u3000")) * rng.randint(1, 6))
                 case 3:
