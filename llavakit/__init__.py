@@ -14,6 +14,7 @@ __all__ = [
     "LlamaForCausalLM",
     "LlamaModel",
     "LlamaTokenizer",
+    "LlamaTokenizerFast",
     "LlavaConfig",
     "LlavaLlamaForCausalLM",
     "LlavaNextConfig",
@@ -53,6 +54,10 @@ def __getattr__(name: str) -> Any:
             from llavakit.processing.tokenizer import slow
 
             return slow.LlamaTokenizer
+        case "LlamaTokenizerFast":
+            from llavakit.processing.tokenizer import fast
+
+            return fast.LlamaTokenizerFast
         case "LlavaProcessor":
             from llavakit.processing import processor
 

@@ -8,11 +8,15 @@ imported only where an oracle is asked for.
 from __future__ import annotations
 
 import functools
+import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import tokenizers
 import torch
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from llavakit.checkpoint.hf import save_folder
 from llavakit.checkpoint.layouts import LLAMA, LLAVA_HF
@@ -26,6 +30,8 @@ from llavakit.processing.image import ImageProcessor
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.reproduce.vocabulary import train_tokenizer
+from llavakit.world.scenes import draw_scene
+from llavakit.world.truth import captions, scene_truth
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM as HfLlama
@@ -50,9 +56,11 @@ __all__ = [
     "hf_llama",
     "hf_llava",
     "llama",
+    "llama3_tokenizer_folder",
     "llama_config",
     "llava",
     "llava_config",
+    "qwen_tokenizer_folder",
     "save_llava",
     "scale_weights",
     "tiny_processor",
@@ -254,6 +262,59 @@ def save_llava(folder: Path, variant: Variant = VARIANTS[1]) -> Path:
     """Save a tiny LLaVA with its processor, a complete checkpoint; returns the folder."""
     save_folder(llava(variant), folder, processor=tiny_processor())
     return folder
+
+
+def llama3_tokenizer_folder(path: Path) -> Path:
+    """Write a Llama-3-like byte-level tokenizer: bos by template, whole words taken without merges, <image> and <pad>."""
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    specials = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>", "<pad>")
+    tokenizer = _train_byte_level(words, specials, ())
+    document = json.loads(tokenizer.to_str())
+    document["model"]["ignore_merges"] = True
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
+    bos, bos_id = specials[0], tokenizer.token_to_id(specials[0])
+    template = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, bos_id)])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": "<|eot_id|>", "pad_token": "<pad>"}
+    return _write_tokenizer(path, tokenizer, {**config, "clean_up_tokenization_spaces": True, "model_max_length": 8192})
+
+
+def qwen_tokenizer_folder(path: Path) -> Path:
+    """Write a Qwen-like byte-level tokenizer: no bos, NFC, digits one by one, <image>, and <tool_call>, which is text."""
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
+    tokenizer = _train_byte_level(words, specials, ("<tool_call>", "</tool_call>"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    roles = {"bos_token": None, "unk_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    config = {"tokenizer_class": "Qwen2Tokenizer", **roles, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    return _write_tokenizer(path, tokenizer, {**config, "add_prefix_space": False, "split_special_tokens": False})
+
+
+def _train_byte_level(words: str, specials: tuple[str, ...], plain: tuple[str, ...]) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(words), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    rng = random.Random(0)
+    lines = [line for _ in range(20) for line in captions(scene_truth(draw_scene(rng)), rng)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=NUM_PIECES, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in specials])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in plain])
+    return tokenizer
+
+
+def _write_tokenizer(path: Path, tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path / "tokenizer.json"))
+    flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
+    added = {
+        str(index): {"content": token.content, **{flag: getattr(token, flag) for flag in flags}}
+        for index, token in tokenizer.get_added_tokens_decoder().items()
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": added}), "utf-8")
+    return path
 
 
 @functools.cache

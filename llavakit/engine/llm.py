@@ -93,6 +93,6 @@ class LLM:
             self.processor.prompt(conversation, max_len=context_len - 1),
             SamplingParams() if params is None else params,
             context_len=context_len,
-            end_ids=frozenset((tokenizer.eos_token_id,)),
+            end_ids=frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)),
             tokenizer=tokenizer,
         )

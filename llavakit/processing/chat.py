@@ -65,10 +65,20 @@ class EncodedChat:
 
 
 def encode_segments(
-    segments: Sequence[Segment], encode: Callable[[str], Sequence[int]], *, bos_id: int, eos_id: int, image_id: int, slots: Sequence[int]
+    segments: Sequence[Segment],
+    encode: Callable[[str], Sequence[int]],
+    *,
+    bos_id: int | None,
+    eos_id: int | None,
+    image_id: int,
+    slots: Sequence[int],
 ) -> EncodedChat:
-    """Concatenate bos and the segments' ids; the i-th picture takes slots[i] positions."""
-    ids, mask = [bos_id], [False]
+    """Concatenate bos, where there is one, and the segments' ids; the i-th picture takes slots[i] positions.
+
+    Raises: PromptError when an end token is needed and there is none.
+    """
+    ids = [] if bos_id is None else [bos_id]
+    mask = [False] * len(ids)
     lengths = iter(slots)
     part: Sequence[int]
     for segment in segments:
@@ -76,6 +86,8 @@ def encode_segments(
             case "text":
                 part = encode(segment.text)
             case "eos":
+                if eos_id is None:
+                    raise PromptError("the template ends answers with the end token, and the tokenizer has no eos token; name one")
                 part = (eos_id,)
             case "image":
                 part = (image_id,) * next(lengths)

@@ -23,7 +23,8 @@ from llavakit.errors import CheckpointError, ImageError, PromptError
 from llavakit.geometry import ImageGrid, num_image_tokens, patch_grid
 from llavakit.processing.chat import TEMPLATES, ChatTemplate, EncodedChat, encode_segments, jinja_text, template_of_jinja
 from llavakit.processing.image import DEFAULT_LIMITS, ImageLimits, ImageProcessor, decode_image, image_digest, image_size
-from llavakit.processing.tokenizer.slow import LlamaTokenizer
+from llavakit.processing.tokenizer.load import load_tokenizer
+from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.documents import json_bytes, read_optional_json, read_text
 from llavakit.types import Conversation
 
@@ -70,7 +71,7 @@ class _Encoded:
 class LlavaProcessor:
     """Tokenizer, image processor and chat template of one checkpoint."""
 
-    tokenizer: LlamaTokenizer
+    tokenizer: Tokenizer
     image_processor: ImageProcessor
     template: ChatTemplate
     image_token_id: int
@@ -211,9 +212,10 @@ class LlavaProcessor:
         image = processor["image_processor"] if "image_processor" in processor else read_optional_json(folder / "preprocessor_config.json")
         if not image:
             raise CheckpointError(f"{folder} has neither preprocessor_config.json nor an image_processor in processor_config.json")
-        tokenizer = LlamaTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         mark = _first(str, "<image>", (processor, "image_token"))
-        image_token_id = _first(int, tokenizer.convert_tokens_to_ids(mark), (config, "image_token_index"), (config, "image_token_id"))
+        known = tokenizer.find_token(mark)
+        image_token_id = _first(int, -1 if known is None else known, (config, "image_token_index"), (config, "image_token_id"))
         if image_token_id not in tokenizer.added_tokens.values():
             raise CheckpointError(f"{folder}: image token {image_token_id} is not one of the tokenizer's added tokens; add it as {mark}")
         strategy = _first(str, "default", *((table, "vision_feature_select_strategy") for table in (config, processor)))
