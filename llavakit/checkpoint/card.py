@@ -163,7 +163,8 @@ def _parts(config: LlamaConfig | LlavaConfig) -> list[str]:
 
 
 def _prompt(processor: LlavaProcessor) -> str:
-    marks = {"image": "<image>", "eos": processor.tokenizer.eos_token}
+    end = processor.tokenizer.eos_token_id
+    marks = {"image": "<image>", "eos": "" if end is None else processor.tokenizer.convert_ids_to_tokens(end)}
     segments = processor.template.segments(Conversation.ask(_QUESTION, b""), add_generation_prompt=True)
     return "".join(marks.get(segment.kind, segment.text) for segment in segments)
 

@@ -35,7 +35,7 @@ _Model = LlamaCore | LlavaCore | LlamaDecoder
 class SideFiles(Protocol):
     """A processor or a tokenizer: what writes its own files into a folder."""
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, /) -> object:
         """Write the files."""
 
 

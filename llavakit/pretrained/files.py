@@ -20,6 +20,7 @@ from llavakit.checkpoint.load import load_config, load_weights
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.surgery import init_weights
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.hub import is_hub_id, resolve_model, upload_folder
 
@@ -99,7 +100,7 @@ class PretrainedFiles(nn.Module):
         folder: str | Path,
         *,
         processor: LlavaProcessor | None = None,
-        tokenizer: LlamaTokenizer | None = None,
+        tokenizer: LlamaTokenizer | LlamaTokenizerFast | None = None,
         max_shard_size: int | str = _SHARD_SIZE,
         safe_serialization: bool = True,
     ) -> None:
@@ -123,7 +124,7 @@ class PretrainedFiles(nn.Module):
         repo_id: str,
         *,
         processor: LlavaProcessor | None = None,
-        tokenizer: LlamaTokenizer | None = None,
+        tokenizer: LlamaTokenizer | LlamaTokenizerFast | None = None,
         private: bool = False,
         revision: str | None = None,
         commit_message: str = "Upload the model",
@@ -207,7 +208,7 @@ def _choose_device(device: str | torch.device | None, device_map: str | torch.de
     return chosen
 
 
-def _side_files(processor: LlavaProcessor | None, tokenizer: LlamaTokenizer | None) -> SideFiles | None:
+def _side_files(processor: LlavaProcessor | None, tokenizer: LlamaTokenizer | LlamaTokenizerFast | None) -> SideFiles | None:
     if processor is not None and tokenizer is not None:
         raise ConfigError("the processor holds the tokenizer; give one of them")
     return tokenizer if processor is None else processor
