@@ -105,7 +105,7 @@ class TowerSource:
         pictures = [draw_picture(random.Random(self.seed + number * self.size + index)) for index in range(self.size)]
         targets = [dense_targets(picture.scene, picture.image.size, self.patches_per_side) for picture in pictures]
         return TowerBatch(
-            torch.stack([self.processor.apply(picture.image) for picture in pictures]),
+            torch.cat([self.processor.apply(picture.image) for picture in pictures]),
             torch.from_numpy(np.stack([target.names_P for target in targets])),
             torch.from_numpy(np.stack([target.colors_P for target in targets])),
             torch.from_numpy(np.stack([target.centers_P for target in targets])),
