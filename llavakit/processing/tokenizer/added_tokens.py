@@ -27,6 +27,7 @@ class AddedTokens:
     def __init__(self) -> None:
         self._tokens: dict[int, AddedToken] = {}
         self._ids: dict[str, int] = {}
+        self._special_ids: frozenset[int] = frozenset()
         self._pattern: re.Pattern[str] | None = None
 
     def __contains__(self, index: int) -> bool:
@@ -38,6 +39,7 @@ class AddedTokens:
         if not text or self._ids.get(text, index) != index or (index in self._tokens and self._tokens[index].content != text):
             raise CheckpointError(f"token {text!r} cannot have id {index}; each token has one id, and that one is taken")
         self._tokens[index], self._ids[text] = token, index
+        self._special_ids = self._special_ids | {index} if token.special else self._special_ids - {index}
         self._pattern = None
 
     def find(self, text: str) -> int | None:
@@ -58,7 +60,7 @@ class AddedTokens:
 
     def special_ids(self) -> frozenset[int]:
         """Return the ids of tokens that are no text."""
-        return frozenset(index for index, token in self._tokens.items() if token.special)
+        return self._special_ids
 
     def cut(self, text: str) -> Iterator[str | int]:
         """Cut a text at its added tokens: stretches of text, and ids where a token stood."""

@@ -202,12 +202,10 @@ class LlamaTokenizerFast(TextTokenizer):
 
     def text_bytes(self, index: int, *, is_first: bool = False) -> bytes | None:
         """Return the bytes that an id adds to an answer; None for a special token and an id outside the vocabulary."""
-        if index in self.special_ids:
-            return None
         added = self._added.token(index)
         if added is not None:
             content: str = added.content
-            return content.encode()
+            return None if added.special else content.encode()
         piece = self._piece(index)
         return None if piece is None else self._kind.bytes_of(piece, is_first=is_first)
 

@@ -18,13 +18,15 @@ _LOG = logger("processing")
 def load_tokenizer(folder: str | Path) -> LlamaTokenizer | LlamaTokenizerFast:
     """Load tokenizer.model where it is there and agrees with the folder's JSON files, else tokenizer.json.
 
+    The legacy rule holds whatever the files say: LLaVA encodes each stretch beside a picture on its own, and so does the fast
+    tokenizer that transformers' processor runs on.
     Raises: CheckpointError when there is neither, or none that can be used.
     """
     folder = Path(folder)
     has_json = (folder / JSON_NAME).is_file()
     if (folder / MODEL_NAME).is_file() or not has_json:
         try:
-            return LlamaTokenizer.from_pretrained(folder)
+            return LlamaTokenizer.from_pretrained(folder, legacy=True)
         except CheckpointError as error:
             if not has_json:
                 raise

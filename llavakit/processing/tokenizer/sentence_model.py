@@ -59,7 +59,7 @@ class SentenceModel:
 
     def hide(self, ids: frozenset[int]) -> None:
         """Keep plain text from becoming these pieces: user-defined ones are found in any text otherwise."""
-        hidden = frozenset(index for index in ids if _is_user_defined(self.processor, index))
+        hidden = frozenset(index for index in ids if _can_be_text(self.processor, index))
         if hidden != self._hidden:
             self._hidden, self._plain = hidden, _load(_unused_pieces(self.proto, hidden), self._options)
 
@@ -113,7 +113,7 @@ def _load(proto: bytes, options: Mapping[str, Any]) -> sentencepiece.SentencePie
     return model
 
 
-def _is_user_defined(model: sentencepiece.SentencePieceProcessor, index: int) -> bool:
+def _can_be_text(model: sentencepiece.SentencePieceProcessor, index: int) -> bool:
     is_other = (model.is_control(index), model.is_unknown(index), model.is_byte(index), model.is_unused(index))
     return not any(is_other)
 

@@ -106,10 +106,10 @@ def assign_roles(tokenizer: TextTokenizer, settings: Settings) -> None:
             raise CheckpointError(
                 f"{settings.source} makes {token.content!r} the {role}, which is not in the vocabulary of {len(tokenizer)}"
             )
-        if tokenizer.added_tokens_encoder.get(token.content) is None:
-            tokenizer.add_special_tokens({role: special_token(token.content)})
-        else:
+        if tokenizer.find_token(token.content) in tokenizer.special_ids:
             tokenizer.assign_role(role, token.content)
+        else:
+            tokenizer.add_special_tokens({role: special_token(token.content)})
     missing = [token for token in settings.additional if tokenizer.find_token(token.content) is None]
     tokenizer.add_special_tokens({"additional_special_tokens": missing})
     tokenizer.additional_special_tokens = [token.content for token in settings.additional]

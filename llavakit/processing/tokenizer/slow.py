@@ -74,7 +74,7 @@ class LlamaTokenizer(TextTokenizer):
             split_special_tokens=split_special_tokens,
         )
         self._proto = vocab_file if isinstance(vocab_file, bytes) else read_model(Path(vocab_file))
-        self.legacy = legacy is None or legacy
+        self._legacy = legacy is None or legacy
         self.sp_model_kwargs = dict(sp_model_kwargs or {})
         self._pieces = SentenceModel(self._proto, self.sp_model_kwargs)
         self.sp_model = self._pieces.processor if self.legacy else self._pieces.without_dummy_space()
@@ -93,6 +93,11 @@ class LlamaTokenizer(TextTokenizer):
             if (index < self.vocab_size and self._piece(index) != token.content) or self._piece_id(token.content) not in (None, index):
                 raise CheckpointError(f"token {token.content!r} cannot be added with id {index}; the model's pieces say otherwise")
             self._added.put(token, index)
+
+    @property
+    def legacy(self) -> bool:
+        """Whether each stretch between special tokens gets its own dummy space; chosen when the tokenizer is made."""
+        return self._legacy
 
     # Vocabulary
 
@@ -206,8 +211,11 @@ class LlamaTokenizer(TextTokenizer):
     # Files
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Load tokenizer.model with the added tokens and flags of the folder's JSON files. Raises: CheckpointError."""
+    def from_pretrained(cls, folder: str | Path, *, legacy: bool | None = None) -> Self:
+        """Load tokenizer.model with the added tokens and flags of the folder's JSON files; legacy None means theirs.
+
+        Raises: CheckpointError.
+        """
         folder = Path(folder)
         settings = read_settings(folder)
         kwargs = settings.config.get("sp_model_kwargs")
@@ -219,7 +227,7 @@ class LlamaTokenizer(TextTokenizer):
             clean_up_tokenization_spaces=settings.flag("clean_up_tokenization_spaces", default=False),
             use_default_system_prompt=settings.flag("use_default_system_prompt", default=False),
             spaces_between_special_tokens=settings.flag("spaces_between_special_tokens", default=False),
-            legacy=settings.flag("legacy", default=True),
+            legacy=settings.flag("legacy", default=True) if legacy is None else legacy,
             added_tokens=settings.added,
             padding_side=settings.side("padding_side", default="right"),
             truncation_side=settings.side("truncation_side", default="right"),

@@ -322,9 +322,8 @@ class Vocabulary:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids that are no text: bos, eos, unk, and added tokens that are special."""
-        roles = (self.bos_token_id, self.eos_token_id, self.unk_token_id)
-        return self._added.special_ids() | {index for index in roles if index is not None}
+        """Ids that are no text: bos, eos, unk and what else was added as special."""
+        return self._added.special_ids()
 
 
 def _marked(token: str | AddedToken, *, is_special: bool) -> AddedToken:

@@ -90,6 +90,15 @@ def test_roles_come_from_the_config(tmp_path: Path) -> None:
     assert (first.padding_side, first.model_max_length, first.add_bos_token, second.add_bos_token) == ("left", 8192, True, False)
 
 
+def test_a_token_that_holds_a_role_is_no_text(tmp_path: Path) -> None:
+    path = qwen_tokenizer_folder(tmp_path) / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8")) | {"eos_token": "</tool_call>"}
+    path.write_text(json.dumps(config))
+    tokenizer = LlamaTokenizerFast.from_pretrained(tmp_path)
+    assert tokenizer.eos_token_id in tokenizer.special_ids
+    assert tokenizer.decode_text(tokenizer.encode("star</tool_call>")) == "star"
+
+
 def test_a_tool_call_is_text_and_an_end_token_is_not(tmp_path: Path) -> None:
     tokenizer = qwen(tmp_path)
     ids = tokenizer.encode("<|im_start|>a<tool_call>star</tool_call><|im_end|>")

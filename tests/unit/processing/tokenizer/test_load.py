@@ -13,7 +13,7 @@ from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.types import Conversation, TextPart
-from tests.tiny import llama3_tokenizer_folder, qwen_tokenizer_folder, tiny_processor, tiny_tokenizer
+from tests.tiny import IMAGE_TOKEN, llama3_tokenizer_folder, qwen_tokenizer_folder, tiny_processor, tiny_tokenizer
 
 
 def test_a_sentencepiece_model_comes_first(tmp_path: Path) -> None:
@@ -23,6 +23,14 @@ def test_a_sentencepiece_model_comes_first(tmp_path: Path) -> None:
     fast = load_tokenizer(tmp_path)
     assert isinstance(fast, LlamaTokenizerFast)
     assert fast.encode("a <image> b</s>") == tiny_tokenizer().encode("a <image> b</s>")
+
+
+def test_text_behind_a_picture_is_encoded_as_llava_does(tmp_path: Path) -> None:
+    proto = tiny_tokenizer().files()["tokenizer.model"]
+    LlamaTokenizer(proto, added_tokens={"<image>": IMAGE_TOKEN}, legacy=False).save_pretrained(tmp_path)
+    assert not LlamaTokenizer.from_pretrained(tmp_path).legacy
+    assert load_tokenizer(tmp_path).encode("a <image>b") == LlamaTokenizerFast.from_pretrained(tmp_path).encode("a <image>b")
+    assert load_tokenizer(tmp_path).encode("a <image>b") != LlamaTokenizer.from_pretrained(tmp_path).encode("a <image>b")
 
 
 def test_a_model_of_another_kind_gives_way_to_tokenizer_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
