@@ -21,16 +21,18 @@ from torch import Tensor
 
 from llavakit.errors import CheckpointError, ImageError, PromptError
 from llavakit.geometry import ImageGrid, num_image_tokens, patch_grid
-from llavakit.processing.chat import TEMPLATES, ChatTemplate, EncodedChat, encode_segments, jinja_text, template_of_jinja
+from llavakit.processing.chat import ChatTemplate, Turns
 from llavakit.processing.image import DEFAULT_LIMITS, ImageLimits, ImageProcessor, decode_image, image_digest, image_size
+from llavakit.processing.jinja import jinja_text
+from llavakit.processing.segments import EncodedChat, MarkerIds, Segment, encode_segments
+from llavakit.processing.template_choice import TEMPLATE_KEY, template_of_checkpoint
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
-from llavakit.storage.documents import json_bytes, read_optional_json, read_text
+from llavakit.storage.documents import json_bytes, read_optional_json
 from llavakit.types import Conversation
 
 __all__ = ["LlavaProcessor", "Prompt"]
 
 _T = TypeVar("_T")
-_TEMPLATE_KEY = "llavakit_template"
 _MEMO_TEXTS = 1024
 _MEMO_CHARACTERS = 512  # the system line and other constant stretches are shorter
 
@@ -67,6 +69,17 @@ class LlavaProcessor:
         """The image tokens of one picture."""
         return patch_grid(self.image_processor.crop_px, self.patch_size, has_cls=self.keep_cls)
 
+    @functools.cached_property
+    def markers(self) -> MarkerIds:
+        """The ids of the template's markers. Raises: CheckpointError where the tokenizer lacks one."""
+        return self.template.markers(self.tokenizer, self.image_token_id)
+
+    @functools.cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the tokenizer's eos and the template's end tokens."""
+        ends = frozenset(self.markers.tokens[token] for token in self.template.end_tokens)
+        return ends if self.markers.eos is None else ends | {self.markers.eos}
+
     def prompt(
         self, conversation: Conversation, *, add_generation_prompt: bool = True, supervise: bool = False, max_len: int | None = None
     ) -> Prompt:
@@ -101,6 +114,12 @@ class LlavaProcessor:
         encoded = self._encode(conversation, add_generation_prompt=add_generation_prompt, supervise=supervise, max_len=max_len)
         return self._assemble(encoded, [self._see(image) for image in images])
 
+    def encode_chat(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> tuple[list[Segment], EncodedChat]:
+        """Build a conversation's segments and their ids; pictures are counted, never opened. Raises: PromptError."""
+        segments = self.template.segments(conversation, add_generation_prompt=add_generation_prompt)
+        slots = (num_image_tokens(self.grid),) * len(conversation.images)
+        return segments, encode_segments(segments, self._encode_text, self.markers, slots)
+
     def __call__(
         self,
         images: Image.Image | bytes | Sequence[Image.Image | bytes] | None = None,
@@ -129,14 +148,7 @@ class LlavaProcessor:
 
     def _encode(self, conversation: Conversation, *, add_generation_prompt: bool, supervise: bool, max_len: int | None) -> EncodedChat:
         num_images, num_slots = len(conversation.images), num_image_tokens(self.grid)
-        encoded = encode_segments(
-            self.template.segments(conversation, add_generation_prompt=add_generation_prompt),
-            self._encode_text,
-            bos_id=self.tokenizer.bos_token_id,
-            eos_id=self.tokenizer.eos_token_id,
-            image_id=self.image_token_id,
-            slots=(num_slots,) * num_images,
-        )
+        encoded = self.encode_chat(conversation, add_generation_prompt=add_generation_prompt)[1]
         assert encoded.ids.count(self.image_token_id) == num_images * num_slots, "text must never encode to the image token"
         if max_len is not None and len(encoded.ids) > max_len:
             raise PromptError(
@@ -182,7 +194,7 @@ class LlavaProcessor:
         return cls(
             tokenizer=tokenizer,
             image_processor=ImageProcessor.from_dict(image),
-            template=_find_template(folder, processor),
+            template=template_of_checkpoint(folder).template,
             image_token_id=image_token_id,
             patch_size=_first(int, 14, (processor, "patch_size"), (config.get("vision_config", {}), "patch_size")),
             keep_cls=strategy == "full",
@@ -196,9 +208,9 @@ class LlavaProcessor:
             "num_additional_image_tokens": 1,
             "patch_size": self.patch_size,
             "vision_feature_select_strategy": "full" if self.keep_cls else "default",
-            _TEMPLATE_KEY: self.template.name,
+            TEMPLATE_KEY: self.template.name,
         }
-        chat = {} if self.template.name == "plain" else _chat_files(self.template)
+        chat = _chat_files(self.template) if isinstance(self.template.form, Turns) else {}
         return {
             **self.tokenizer.files(),
             "preprocessor_config.json": json_bytes(self.image_processor.to_dict()),
@@ -217,20 +229,6 @@ class LlavaProcessor:
 def _chat_files(template: ChatTemplate) -> dict[str, bytes]:
     text = jinja_text(template)
     return {"chat_template.jinja": text.encode(), "chat_template.json": json_bytes({"chat_template": text})}
-
-
-def _find_template(folder: Path, processor: Mapping[str, Any]) -> ChatTemplate:
-    """Choose the template from content: our own key, else the text of the folder's own template, else v1."""
-    name = processor.get(_TEMPLATE_KEY)
-    if name is not None:
-        if name not in TEMPLATES:
-            raise CheckpointError(f"processor_config.json names the template {name!r}; known are {', '.join(TEMPLATES)}")
-        return TEMPLATES[name]
-    path = folder / "chat_template.jinja"
-    tables = (processor, read_optional_json(folder / "chat_template.json"), read_optional_json(folder / "tokenizer_config.json"))
-    texts = [read_text(path)] if path.is_file() else []
-    texts += [text for table in tables if isinstance(text := table.get("chat_template"), str)]
-    return template_of_jinja(texts[0]) if texts else TEMPLATES["v1"]
 
 
 def _first(kind: type[_T], default: _T, *places: tuple[Mapping[str, Any], str]) -> _T:

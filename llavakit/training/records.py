@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.errors import DataError, PromptError
-from llavakit.geometry import num_image_tokens
-from llavakit.processing.chat import encode_segments
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.training.data import Sample, sample_of_prompt
 from llavakit.types import Conversation, ImagePart, Message, TextPart
@@ -59,19 +57,8 @@ class RecordSource:
         return [self._length(record) for record in self._records]
 
     def _length(self, record: Mapping[str, Any]) -> int:
-        processor = self._processor
-        names = _picture_names(record)
-        segments = processor.template.segments(_conversation(record, [_NO_BYTES] * len(names)), add_generation_prompt=False)
-        tokenizer = processor.tokenizer
-        encoded = encode_segments(
-            segments,
-            tokenizer.encode_text,
-            bos_id=tokenizer.bos_token_id,
-            eos_id=tokenizer.eos_token_id,
-            image_id=processor.image_token_id,
-            slots=[num_image_tokens(processor.grid)] * len(names),
-        )
-        return len(encoded.ids)
+        conversation = _conversation(record, [_NO_BYTES] * len(_picture_names(record)))
+        return len(self._processor.encode_chat(conversation, add_generation_prompt=False)[1].ids)
 
     def _read_picture(self, name: str) -> bytes:
         path = (self._pictures / name).resolve()
