@@ -17,6 +17,7 @@ class File:
     text: str
     template: str
     deviations: tuple[str, ...] = ()
+    is_vision: bool = True
 
 
 def _parts(image: str, text: str) -> str:
@@ -38,11 +39,11 @@ FILES = {
     "newline form": File(
         "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
         + _parts("'<image>\\n'", "part['text']")
-        + "\n{% elif message['role'] == 'assistant' %}ASSISTANT: "
+        + "{{ '\\n' }}{% elif message['role'] == 'assistant' %}ASSISTANT: "
         + _parts("''", "part['text']")
-        + "\n{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+        + "{{ '\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
         "v1_hf",
-        ("missing-system-line", "newline-before-assistant", "missing-end-token"),
+        ("missing-system-line", "newline-before-assistant", "missing-end-token", "extra-space"),
     ),
     "in order, double bos, trailing space": File(
         "{{ bos_token + 'A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -50,7 +51,7 @@ FILES = {
         "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
         "{{ ' ' if message['role'] == 'user' else eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}",
         "llava_v1",
-        ("double-bos", "image-after-text", "no-newline-after-image", "trailing-space"),
+        ("image-after-text", "double-bos", "other-system-line", "no-newline-after-image", "trailing-space"),
     ),
     "llava-hf 1.6 mistral": File(
         "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\\n' + message['content'][0]['text'] + "
@@ -59,7 +60,7 @@ FILES = {
         + "{{ ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
         "{{ ' ' + message['content'][0]['text'] + '<\\\\s> ' }}{% endif %}{% endfor %}",
         "mistral_instruct",
-        ("missing-end-token", "extra-space"),
+        ("missing-end-token", "other-markup"),
     ),
     "llava-hf 1.6 34b": File(
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -88,6 +89,7 @@ FILES = {
         "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
         "qwen",
+        is_vision=False,
     ),
     "Llama-2-chat": File(
         "{% if messages[0]['role'] == 'system' %}{% set system_message = messages[0]['content'] %}{% endif %}{% for message in messages %}"
@@ -95,24 +97,28 @@ FILES = {
         "message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
         "{{ bos_token + '[INST] ' + content + ' [/INST]' }}{% else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% endfor %}",
         "llama_2_chat",
-        ("double-bos",),
+        is_vision=False,
     ),
     "Mistral instruct": File(
         "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
         "{% else %}{{ message['content'] + eos_token + ' ' }}{% endif %}{% endfor %}",
         "mistral_instruct",
+        ("missing-space", "moved-space"),
+        is_vision=False,
     ),
     "Llama 3 instruct": File(
         "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + "
         "message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
         "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
         "llama_3",
-        ("double-bos",),
+        is_vision=False,
     ),
     "LLaVA v0": File(
         "{{ 'A chat between a curious human and an artificial intelligence assistant.###' }}{% for message in messages %}"
-        "{{ 'Human: ' if message['role'] == 'user' else 'Assistant: ' }}{{ message['content'] }}{{ '###' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+        "{{ 'Human: ' if message['role'] == 'user' else 'Assistant: ' }}"
+        + _parts("'<image>\\n'", "part['text']")
+        + "{{ '###' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
         "llava_v0",
+        ("other-system-line",),
     ),
 }

@@ -11,6 +11,7 @@ llama_2_chat, llama_3 are their family's without a system line of their own, as 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,11 +102,12 @@ def find_template(name: str) -> ChatTemplate:
     return template
 
 
-def cut_markup(markup: str) -> list[Segment]:
+@functools.cache
+def cut_markup(markup: str) -> tuple[Segment, ...]:
     """Cut a template's own markup at its markers."""
     kinds: dict[str, Literal["bos", "eos"]] = {"<s>": "bos", "</s>": "eos"}
     parts = [part for part in _MARKERS.split(markup) if part]
-    return [Segment(kinds[part]) if part in kinds else Segment("token" if _MARKERS.fullmatch(part) else "text", part) for part in parts]
+    return tuple(Segment(kinds[part]) if part in kinds else Segment("token" if part[:2] == "<|" else "text", part) for part in parts)
 
 
 class _Writer:

@@ -178,8 +178,11 @@ class LlavaProcessor:
         return Prompt(encoded.ids, encoded.loss_mask, tiles_N3SS, (self.grid,) * len(seen), tuple(digest for _, digest in seen))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Load the processor's files from a llava-hf folder, in the 4.x or the 5.x arrangement. Raises: CheckpointError."""
+    def from_pretrained(cls, folder: str | Path, *, template: ChatTemplate | None = None) -> Self:
+        """Load the processor's files from a llava-hf folder, in the 4.x or the 5.x arrangement.
+
+        The template is the one that the folder's content tells, unless one is given. Raises: CheckpointError.
+        """
         folder = Path(folder)
         config, processor = read_optional_json(folder / "config.json"), read_optional_json(folder / "processor_config.json")
         image = processor["image_processor"] if "image_processor" in processor else read_optional_json(folder / "preprocessor_config.json")
@@ -194,7 +197,7 @@ class LlavaProcessor:
         return cls(
             tokenizer=tokenizer,
             image_processor=ImageProcessor.from_dict(image),
-            template=template_of_checkpoint(folder).template,
+            template=template_of_checkpoint(folder, named=template).template,
             image_token_id=image_token_id,
             patch_size=_first(int, 14, (processor, "patch_size"), (config.get("vision_config", {}), "patch_size")),
             keep_cls=strategy == "full",

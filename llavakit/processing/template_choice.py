@@ -25,7 +25,7 @@ _YI_VOCABULARY = range(64000, 64128)
 _LLAMA_3_VOCABULARY = range(128256, 128512)
 _LLAMA_2_CONTEXT = 4096
 _V0_PAD = "[PAD]"
-_TRAINED = {"v1_hf": "v1", "chatml_direct_hf": "chatml_direct", "chatml": "qwen", "llama_3": "llava_llama_3"}
+_TRAINED = {"v1_hf": "v1", "llava_v1": "v1", "chatml_direct_hf": "chatml_direct", "chatml": "qwen", "llama_3": "llava_llama_3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,15 @@ class TemplateChoice:
     """The text of the folder's own chat template."""
 
 
-def template_of_checkpoint(folder: Path) -> TemplateChoice:
-    """Choose the template of a folder. Raises: CheckpointError for a name or a family that is not known."""
+def template_of_checkpoint(folder: Path, *, named: ChatTemplate | None = None) -> TemplateChoice:
+    """Choose the template of a folder, or take the one that the caller names.
+
+    Raises: CheckpointError for a name or a family that is not known.
+    """
     processor = read_optional_json(folder / "processor_config.json")
     source, jinja = _find_jinja(folder, processor)
+    if named is not None:
+        return TemplateChoice(named, "the caller", jinja)
     name = processor.get(TEMPLATE_KEY)
     if name is not None:
         if name not in TEMPLATES:
@@ -101,7 +106,10 @@ def is_vision_config(config: Mapping[str, Any]) -> bool:
 
 
 def trained_template(choice: TemplateChoice, *, is_vision: bool) -> ChatTemplate:
-    """Return what the weights were trained with: llava-hf's files leave out the system line of the families' training."""
+    """Return what the weights were trained with.
+
+    llava-hf's files leave out the system line of their families' training; llava_v1 is LLaVA's demo of weights trained with v1.
+    """
     name = choice.template.name
     return TEMPLATES[_TRAINED.get(name, name)] if is_vision else choice.template
 
