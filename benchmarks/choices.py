@@ -68,7 +68,7 @@ def steps_run(core: LlamaCore, multiple_of: int) -> Callable[[], Sequence[float]
 
     def sample() -> Sample:
         length = rng.randint(90, 220)
-        return Sample(tuple(rng.randrange(3, 700) for _ in range(length)), (False,) * 60 + (True,) * (length - 60), no_tiles)
+        return Sample(tuple(rng.randrange(3, 700) for _ in range(length)), (False,) * 60 + (True,) * (length - 60), no_tiles, ())
 
     def run() -> Sequence[float]:
         batches = [pack([sample() for _ in range(12)], multiple_of=multiple_of) for _ in range(STEPS)]

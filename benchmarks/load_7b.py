@@ -22,8 +22,9 @@ from torch import Tensor
 
 from benchmarks.harness import write_result
 from llavakit.checkpoint.load import load_core
-from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlavaCore
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.storage.tensors import write_tensors
 
 ALLOWANCE_BYTES = 1_000_000_000

@@ -14,11 +14,16 @@ __all__ = [
     "LlamaForCausalLM",
     "LlamaModel",
     "LlamaTokenizer",
+    "LlamaTokenizerFast",
     "LlavaConfig",
     "LlavaLlamaForCausalLM",
+    "LlavaNextConfig",
     "LlavaProcessor",
     "Message",
+    "MistralConfig",
+    "Qwen2Config",
     "SamplingParams",
+    "SiglipVisionConfig",
     "TextPart",
 ]
 
@@ -33,14 +38,26 @@ def __getattr__(name: str) -> Any:
             from llavakit.pretrained import causal_lm
 
             return getattr(causal_lm, name)
-        case "ClipVisionConfig" | "LlamaConfig" | "LlavaConfig":
+        case "LlamaConfig" | "MistralConfig" | "Qwen2Config":
             from llavakit.model import config
 
             return getattr(config, name)
+        case "ClipVisionConfig" | "SiglipVisionConfig":
+            from llavakit.model import vision_config
+
+            return getattr(vision_config, name)
+        case "LlavaConfig" | "LlavaNextConfig":
+            from llavakit.model import llava_config
+
+            return getattr(llava_config, name)
         case "LlamaTokenizer":
             from llavakit.processing.tokenizer import slow
 
             return slow.LlamaTokenizer
+        case "LlamaTokenizerFast":
+            from llavakit.processing.tokenizer import fast
+
+            return fast.LlamaTokenizerFast
         case "LlavaProcessor":
             from llavakit.processing import processor
 

@@ -35,7 +35,7 @@ class Repeats:
     def sample(self, index: int) -> Sample:
         rng = random.Random(f"{self.seed}/{index}")
         length = rng.randint(3, 9)
-        return Sample((rng.randrange(2, 32),) * length, (False,) + (True,) * (length - 1), NO_TILES)
+        return Sample((rng.randrange(2, 32),) * length, (False,) + (True,) * (length - 1), NO_TILES, ())
 
 
 class Kept:

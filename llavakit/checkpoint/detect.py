@@ -12,6 +12,7 @@ from typing import Any
 
 from llavakit.errors import CheckpointError
 from llavakit.logs import logger
+from llavakit.model.config import DECODERS
 
 __all__ = ["Kind", "detect_kind", "foreign_kind"]
 
@@ -22,7 +23,7 @@ class Kind(StrEnum):
     """The kinds that are read."""
 
     LLAVA_HF = "llava-hf"
-    LLAMA = "llama"
+    DECODER = "decoder"
 
 
 def detect_kind(values: Mapping[str, Any]) -> Kind:
@@ -32,16 +33,16 @@ def detect_kind(values: Mapping[str, Any]) -> Kind:
     if "quantization_config" in values:
         raise CheckpointError(f"the weights are quantised ({_method(values['quantization_config'])}); only float weights are read")
     match values.get("model_type"):
-        case "llava" if "text_config" in values:
+        case "llava" | "llava_next" if "text_config" in values:
             return Kind.LLAVA_HF
-        case "llama":
-            return Kind.LLAMA
+        case kind if kind in DECODERS:
+            return Kind.DECODER
         case "llava" | "llava_llama" if any(key.startswith("mm_") for key in values):
             raise CheckpointError("this is the original LLaVA layout (mm_* keys, no text_config); use its llava-hf version")
         case "llava":
             raise CheckpointError("model_type is 'llava' but there is neither text_config (llava-hf) nor mm_* keys (original LLaVA)")
         case kind:
-            raise CheckpointError(f"model_type is {kind!r}; 'llava' (llava-hf layout) and 'llama' are read")
+            raise CheckpointError(f"model_type is {kind!r}; llava and llava_next (llava-hf layout), {', '.join(DECODERS)} are read")
 
 
 def foreign_kind(files: Collection[str]) -> str | None:

@@ -10,36 +10,60 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.checkpoint.card import copy_licences
+from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
-from llavakit.processing.processor import LlavaProcessor
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.storage.documents import write_json
 from llavakit.storage.folder import atomic_folder
 from llavakit.storage.tensors import write_tensors
 
-__all__ = ["MAX_SHARD_BYTES", "save_checkpoint", "save_folder"]
+__all__ = ["MAX_SHARD_BYTES", "SideFiles", "save_checkpoint", "save_folder"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 _Model = LlamaCore | LlavaCore | LlamaDecoder
 
 
-def save_folder(model: _Model, folder: Path, *, processor: LlavaProcessor | None = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+class SideFiles(Protocol):
+    """A processor or a tokenizer: what writes its own files into a folder."""
+
+    def save_pretrained(self, folder: str | Path, /) -> object:
+        """Write the files."""
+
+
+def save_folder(
+    model: _Model,
+    folder: Path,
+    *,
+    processor: SideFiles | None = None,
+    source: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Save into a folder that appears whole or not at all; files of the old folder other than weights and config stay."""
     with atomic_folder(folder, overwrite=True, carry=lambda name: ".safetensors" not in name) as temporary:
-        save_checkpoint(model, temporary, processor=processor, max_shard_bytes=max_shard_bytes)
+        save_checkpoint(model, temporary, processor=processor, source=source, max_shard_bytes=max_shard_bytes)
 
 
 def save_checkpoint(
-    model: _Model, folder: Path, *, processor: LlavaProcessor | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: _Model,
+    folder: Path,
+    *,
+    processor: SideFiles | None = None,
+    source: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write config.json, generation_config.json, the weights in their dtypes, and the processor's files into a folder."""
+    """Write config.json, generation_config.json, the weights in their dtypes, and the processor's files into a folder.
+
+    The licence files of the folder that the model came from (source) go along, as their terms ask.
+    """
     weights = dict(model.named_parameters())  # a tied head is listed once, under the embedding's name
     specs = {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
     config = _config(model)
@@ -48,6 +72,8 @@ def save_checkpoint(
     write_tensors(folder, specs, _detached(weights), max_shard_bytes=max_shard_bytes)
     if processor is not None:
         processor.save_pretrained(folder)
+    if source is not None and source.is_dir():
+        copy_licences(source, folder)
 
 
 def _detached(weights: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
@@ -62,13 +88,14 @@ def _config(model: _Model) -> LlamaConfig | LlavaConfig:
 
 def _architecture(model: _Model) -> str:
     """Name the class of transformers that loads the files."""
+    kind = _CLASSES[_config(model).model_type]
     match model:
         case LlavaCore():
-            return "LlavaForConditionalGeneration"
+            return f"{kind}ForConditionalGeneration"
         case LlamaCore():
-            return "LlamaForCausalLM"
+            return f"{kind}ForCausalLM"
         case LlamaDecoder():
-            return "LlamaModel"
+            return f"{kind}Model"
 
 
 def _config_values(config: LlamaConfig | LlavaConfig, architecture: str, dtypes: list[torch.dtype]) -> dict[str, Any]:

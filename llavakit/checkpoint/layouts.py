@@ -14,6 +14,7 @@ __all__ = ["LLAMA", "LLAMA_DECODER", "LLAVA_HF"]
 _DROPS = (
     Drop(r"(.+\.)?rotary_emb\.inv_freq", "rotary frequencies are computed from the config"),
     Drop(r"(.+\.)?embeddings\.position_ids", "a constant"),
+    Drop(r"(model\.)?vision_tower\.(vision_model\.)?head\..+", "SigLIP's pooling head, which LLaVA does not use"),
 )
 
 LLAVA_HF = Layout(
@@ -27,6 +28,8 @@ LLAVA_HF = Layout(
         Rename("vision_tower.", "vision_tower.vision_model."),
         Rename("model.vision_tower.vision_model.", "vision_tower.vision_model."),
         Rename("model.vision_tower.", "vision_tower.vision_model."),
+        Rename("image_newline", "image_newline"),
+        Rename("model.image_newline", "image_newline"),
         Rename("multi_modal_projector.", "multi_modal_projector."),
         Rename("model.multi_modal_projector.", "multi_modal_projector."),
     ),

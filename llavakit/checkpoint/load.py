@@ -18,11 +18,13 @@ from llavakit.checkpoint.detect import Kind, detect_kind, foreign_kind
 from llavakit.checkpoint.layouts import LLAMA, LLAMA_DECODER, LLAVA_HF
 from llavakit.checkpoint.rules import Layout, plan_load
 from llavakit.errors import CheckpointError, ConfigError
-from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.model.config import DECODERS, LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.storage.documents import read_json
-from llavakit.storage.tensors import TensorFolder
+from llavakit.storage.pickle_tensors import PICKLE
+from llavakit.storage.tensors import SAFETENSORS, TensorFolder
 
 __all__ = ["load_config", "load_core", "load_weights"]
 
@@ -35,28 +37,41 @@ def load_config(folder: Path) -> LlamaConfig | LlavaConfig:
         raise CheckpointError(f"{folder} has no config.json" if kind is None else f"{folder} holds {kind}")
     values = read_json(path)
     try:
-        return LlavaConfig.from_dict(values) if detect_kind(values) is Kind.LLAVA_HF else LlamaConfig.from_dict(values)
+        if detect_kind(values) is Kind.LLAVA_HF:
+            return LlavaConfig.from_dict(values)
+        return DECODERS[values["model_type"]].from_dict(values)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def load_core(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LlamaCore | LlavaCore:
+def load_core(
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", allow_pickle: bool = False
+) -> LlamaCore | LlavaCore:
     """Load the packed core that the folder's config describes, in eval mode; dtype None keeps each tensor's own."""
     config = load_config(folder)
     with torch.device("meta"):
         core = LlavaCore(config) if isinstance(config, LlavaConfig) else LlamaCore(config)
-    load_weights(core, folder, dtype=dtype, device=device)
+    load_weights(core, folder, dtype=dtype, device=device, allow_pickle=allow_pickle)
     return core.eval()
 
 
-def load_weights(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
+def load_weights(
+    model: nn.Module,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    allow_pickle: bool = False,
+) -> None:
     """Fill a model whose parameters are on the meta device from a folder's safetensors.
 
+    Pickle files (pytorch_model.bin) are read where there are no safetensors and allow_pickle is set.
     Raises: CheckpointError, before anything is filled where names or shapes are wrong.
     """
     tied = _tied_names(model)
     targets = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
-    with TensorFolder(folder) as tensors:
+    is_pickle = allow_pickle and not SAFETENSORS.is_in(folder) and PICKLE.is_in(folder)
+    with TensorFolder(folder, PICKLE if is_pickle else SAFETENSORS) as tensors:
         plan = plan_load(_layout(model), {name: spec.shape for name, spec in tensors.specs.items()}, targets, tied=tied)
         for source in tensors.in_file_order():
             if source in plan and plan[source] not in tied:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llavakit.checkpoint.load import load_config
 from llavakit.geometry import num_image_tokens
-from llavakit.model.config import LlavaConfig
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.storage.folder import read_manifest
 from llavakit.storage.hub import resolve_model
@@ -19,17 +19,19 @@ from llavakit.storage.tensors import TensorFolder
 __all__ = ["inspect"]
 
 
-def inspect(path: str, *, json: bool = False) -> None:
+def inspect(path: str, *, revision: str | None = None, json: bool = False) -> None:
     """Show a checkpoint's kind, size, dtypes, template and preprocessing without loading its weights.
 
     Parameters
     ----------
     path
         Folder or hub id.
+    revision
+        Branch, tag or commit of a hub id.
     json
         Print one JSON object instead of lines.
     """
-    folder = resolve_model(path)
+    folder = resolve_model(path, revision=revision)
     config = load_config(folder)
     tensors = TensorFolder(folder)
     specs = tensors.specs
@@ -62,17 +64,25 @@ def inspect(path: str, *, json: bool = False) -> None:
 
 def _vision_facts(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, Any]:
     vision = config.vision_config
-    aspect = {"pad": "pads to a square first", "crop": "crops the middle square"}[processor.image_processor.aspect]
+    aspect = _ASPECTS[processor.image_processor.aspect]
     system = processor.template.system
     return {
         "tower": (
-            f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, {config.num_vision_layers_used} run; "
-            f"{vision.image_size} px, {num_image_tokens(config.image_grid)} tokens per picture"
+            f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, {max(config.feature_depths)} run; "
+            f"{vision.image_size} px, {num_image_tokens(config.image_grid)} tokens per {'picture' if config.merge is None else 'tile'}"
         ),
         "projector": config.mm_projector_type,
         "preprocessing": aspect,
         "template": f"{processor.template.name} ({'no system line' if system is None else 'with system line'})",
     }
+
+
+_ASPECTS = {
+    "pad": "pads to a square first",
+    "crop": "crops the middle square",
+    "stretch": "stretches to a square",
+    "anyres": "cuts into tiles by size",
+}
 
 
 def _part(name: str) -> str:

@@ -13,10 +13,12 @@ from llavakit.engine.llm import MINIATURE
 from llavakit.errors import PromptError
 from llavakit.processing.chat import ChatTemplate, find_template
 from llavakit.processing.deviations import Deviation, PromptCheck, preprocessing_deviations
+from llavakit.processing.image import image_size
 from llavakit.processing.processor import LlavaProcessor
-from llavakit.processing.segments import ChatTokenizer, EncodedChat, Segment, encode_segments, segments_text
+from llavakit.processing.segments import EncodedChat, Segment, encode_segments, segments_text
 from llavakit.processing.template_choice import TemplateChoice, is_vision_config, template_of_checkpoint, trained_template
-from llavakit.processing.tokenizer.slow import LlamaTokenizer
+from llavakit.processing.tokenizer.load import load_tokenizer
+from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.documents import read_optional_json
 from llavakit.storage.hub import resolve_model
 from llavakit.types import Conversation
@@ -33,6 +35,7 @@ def lint(
     image: Path | None = None,
     prompt: str = "What is in this picture?",
     template: str | None = None,
+    revision: str | None = None,
     json: bool = False,
 ) -> None:
     """Show a prompt as segments and ids, and name the deviations of the checkpoint's files from what its weights were trained with.
@@ -42,15 +45,17 @@ def lint(
     model
         Folder or hub id; the embedded miniature when left out. Weights are not read.
     image
-        A picture for the prompt; when left out its place is shown without one.
+        A picture for the prompt; when left out, a small square one is assumed.
     prompt
         The question.
     template
         Template to use instead of the checkpoint's.
+    revision
+        Branch, tag or commit of a hub id.
     json
         Print one JSON object instead of lines.
     """
-    folder = MINIATURE if model is None else resolve_model(model)
+    folder = resolve_model(MINIATURE if model is None else model, revision=revision, parts="processor")
     subject = _load(folder, template_of_checkpoint(folder, named=None if template is None else find_template(template)))
     facts = {
         **_template_facts(subject),
@@ -70,7 +75,7 @@ class _Subject:
     folder: Path
     choice: TemplateChoice
     trained: ChatTemplate
-    tokenizer: ChatTokenizer
+    tokenizer: Tokenizer
     processor: LlavaProcessor | None
     """None for a language model alone."""
 
@@ -79,7 +84,7 @@ def _load(folder: Path, choice: TemplateChoice) -> _Subject:
     is_vision = is_vision_config(read_optional_json(folder / "config.json"))
     trained = trained_template(choice, is_vision=is_vision)
     if not is_vision:
-        return _Subject(folder, choice, trained, LlamaTokenizer.from_pretrained(folder), None)
+        return _Subject(folder, choice, trained, load_tokenizer(folder), None)
     processor = LlavaProcessor.from_pretrained(folder, template=choice.template)
     return _Subject(folder, choice, trained, processor.tokenizer, processor)
 
@@ -106,10 +111,11 @@ def _prompt_facts(subject: _Subject, question: str, image: Path | None) -> dict[
         segments = template.segments(Conversation.ask(question), add_generation_prompt=True)
         encoded = encode_segments(segments, tokenizer.encode_text, template.markers(tokenizer, _NO_IMAGE_ID), ())
     else:
-        conversation = Conversation.ask(question, b"" if image is None else read_image(image))
-        if image is not None:
-            processor.prompt(conversation)  # refuses what could not be asked
-        segments, encoded = processor.encode_chat(conversation)
+        data = b"" if image is None else read_image(image)
+        side = processor.image_processor.crop_px
+        size = (side, side) if image is None else image_size(data, processor.limits)
+        grid = processor.image_processor.grid(size, processor.tile_grid)
+        segments, encoded = processor.encode_chat(Conversation.ask(question, data), [grid])
     shown = _segments(segments, encoded, tokenizer)
     places = [place for segment in shown for place, piece in enumerate(segment["pieces"], segment["start"]) if not piece.strip(_SPACE)]
     return {
@@ -122,7 +128,7 @@ def _prompt_facts(subject: _Subject, question: str, image: Path | None) -> dict[
     }
 
 
-def _segments(segments: list[Segment], encoded: EncodedChat, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+def _segments(segments: list[Segment], encoded: EncodedChat, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Describe each segment with its place, ids and pieces; a picture's slots are counted only."""
     start = len(encoded.ids) - sum(encoded.lengths)
     shown = []

@@ -28,6 +28,8 @@ class ModelOptions:
 
     model: str | None = None
     """Folder or hub id; the embedded miniature when left out."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Dtype of weights and activations; auto takes the files'."""
     device: str = "auto"
@@ -36,11 +38,13 @@ class ModelOptions:
     def load(self) -> LLM:
         """Load the model, saying so on stderr where nobody named one."""
         from llavakit.engine.llm import LLM, MINIATURE
+        from llavakit.storage.hub import resolve_model
 
         show_logs()
         if self.model is None:
             sys.stderr.write("llava: using the embedded miniature model; --model takes a folder or a hub id\n")
-        return LLM.load(MINIATURE if self.model is None else self.model, dtype=self.dtype, device=self.device)
+        folder = resolve_model(MINIATURE if self.model is None else self.model, revision=self.revision)
+        return LLM.load(folder, dtype=self.dtype, device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

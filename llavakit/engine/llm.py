@@ -17,8 +17,8 @@ from llavakit.engine.loop import run_requests
 from llavakit.engine.request import Request, TokenEvent
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.logs import logger
-from llavakit.model.config import LlavaConfig
 from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.storage.hub import resolve_model
 from llavakit.types import Completion, Conversation, SamplingParams

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llavakit.engine.request import Request, TokenEvent
 from llavakit.errors import PromptError
+from llavakit.geometry import ImageGrid
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.ops.cached import CacheShape, Decode, KvCache, Prefill
 from llavakit.ops.sampling import sample
@@ -21,7 +22,6 @@ from llavakit.ops.sampling import sample
 __all__ = ["run_requests"]
 
 _PREFILL_TOKENS = 8192
-_TOWER_BATCH = 16
 
 
 def run_requests(core: LlamaCore | LlavaCore, requests: Sequence[Request]) -> Iterator[TokenEvent]:
@@ -77,24 +77,25 @@ class _Batch:
         ids_T = torch.tensor([index for prompt in prompts for index in prompt.ids], device=self.device)
         positions_T = torch.cat([torch.arange(length, device=self.device) for length in lengths])
         tiles = [prompt.tiles_N3SS for prompt in prompts if prompt.tiles_N3SS.shape[0]]
-        x_TD = self._embed(ids_T, torch.cat(tiles) if tiles else None)
+        grids = [grid for prompt in prompts for grid in prompt.grids]
+        x_TD = self._embed(ids_T, torch.cat(tiles) if tiles else None, grids)
         h_TD = self.core.forward_packed(x_TD, positions_T, Prefill(self.cache, first, lengths))
         last_B = torch.tensor(lengths, device=self.device).cumsum(0) - 1
         return self.core.logits(h_TD[last_B])
 
-    def _embed(self, ids_T: Tensor, tiles_N3SS: Tensor | None) -> Tensor:
+    def _embed(self, ids_T: Tensor, tiles_N3SS: Tensor | None, grids: Sequence[ImageGrid]) -> Tensor:
         if tiles_N3SS is None:
             return self.core.embed(ids_T)
         if not isinstance(self.core, LlavaCore):
             raise PromptError("this model is a language model without a vision tower; ask without a picture")
-        encoded = [self.core.encode_images(tiles.to(self.device), dtype=self.dtype) for tiles in tiles_N3SS.split(_TOWER_BATCH)]
-        return self.core.embed(ids_T, torch.cat(encoded))
+        return self.core.embed(ids_T, self.core.encode_images(tiles_N3SS.to(self.device), grids, dtype=self.dtype))
 
     @torch.no_grad()
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """Run one token per row and return the next logits."""
         positions_B = torch.tensor(self.cache.lengths, device=self.device)
-        x_BD = self.core.embed(torch.tensor(tokens, device=self.device))
+        # An answer may spell the image token (weights decide that); here it is a token like any other.
+        x_BD = self.core.get_input_embeddings()(torch.tensor(tokens, device=self.device))
         return self.core.logits(self.core.forward_packed(x_BD, positions_B, Decode(self.cache)))
 
     def choose(self, logits_BV: Tensor) -> list[int]:

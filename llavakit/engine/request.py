@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llavakit.errors import PromptError
 from llavakit.processing.processor import Prompt
 from llavakit.processing.stream import Detokenizer, StopMatcher
-from llavakit.processing.tokenizer.slow import LlamaTokenizer
+from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.types import Completion, FinishReason, SamplingParams, Usage
 
 __all__ = ["Request", "TokenEvent"]
@@ -32,7 +32,7 @@ class Request:
     """A prompt, its parameters, and the answer so far."""
 
     def __init__(
-        self, prompt: Prompt, params: SamplingParams, *, context_len: int, end_ids: frozenset[int], tokenizer: LlamaTokenizer | None
+        self, prompt: Prompt, params: SamplingParams, *, context_len: int, end_ids: frozenset[int], tokenizer: Tokenizer | None
     ) -> None:
         """Check that the prompt leaves room for an answer; without a tokenizer the answer is ids alone.
 

@@ -1,35 +1,68 @@
-"""Configurations of the language model, the vision tower and LLaVA, as config.json holds them.
+"""Configurations of the decoders: Llama, and the models of its architecture with other defaults (Mistral, Qwen2).
 
-Owns: LlamaConfig, ClipVisionConfig, LlavaConfig; reading the 4.x and 5.x forms, writing one that both versions read.
-Refuses: torch. What this version does not run (RoPE scaling, biases in the decoder, other towers) is a ConfigError here,
-not a surprise later. Defaults are transformers' (facts: config files omit fields that have them).
+Owns: LlamaConfig, MistralConfig, Qwen2Config, DECODERS; reading the 4.x and 5.x forms, writing one that both versions read.
+Refuses: torch. What is not run (other activations, other rotary scalings, windows of some layers only) is a ConfigError here, not a
+surprise later. Defaults are transformers': files omit fields that have them.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 from llavakit.config import ModelConfig, boolean, choice, integer, number, optional, setting
 from llavakit.errors import ConfigError
-from llavakit.geometry import ImageGrid, patch_grid
 
-__all__ = ["ClipVisionConfig", "LlamaConfig", "LlavaConfig"]
+__all__ = ["DECODERS", "MAX_LAYERS", "MAX_WIDTH", "LlamaConfig", "MistralConfig", "Qwen2Config", "layers", "width"]
 
-_MAX_WIDTH = 1 << 20
-_MAX_LAYERS = 4096
-_NO_SCALING = ("default", None)
-_C = TypeVar("_C", bound=ModelConfig)
+MAX_WIDTH = 1 << 20
+MAX_LAYERS = 4096
+_SCALINGS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Kinds of rotary scaling with the numbers that each needs."""
 
 
-def _width(default: int) -> Any:
-    return setting(default, integer(1, _MAX_WIDTH), structural=True)
+def width(default: int) -> Any:
+    """Declare a width."""
+    return setting(default, integer(1, MAX_WIDTH), structural=True)
 
 
-def _layers(default: int) -> Any:
-    return setting(default, integer(1, _MAX_LAYERS), structural=True)
+def layers(default: int) -> Any:
+    """Declare a number of layers or heads."""
+    return setting(default, integer(1, MAX_LAYERS), structural=True)
+
+
+def _token_ids(name: str, value: object) -> int | list[int] | None:
+    """Accept one id, several (Llama-3 ends its turns with either of two), or none."""
+    if isinstance(value, list | tuple):
+        return [integer(0)(f"{name}[{index}]", item) for index, item in enumerate(value)]
+    return optional(integer(0))(name, value)  # type: ignore[no-any-return]
+
+
+def _rope_scaling(name: str, value: object) -> dict[str, Any] | None:
+    """Accept {"type" or "rope_type": kind, numbers}; an unscaled kind counts as None."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a table such as {{'type': 'linear', 'factor': 2.0}}, got {value!r}")
+    kind = value.get("rope_type", value.get("type"))
+    if kind in ("default", None):
+        return None
+    if kind not in _SCALINGS:
+        raise ConfigError(f"{name} of type {kind!r} is not supported; supported are {', '.join(_SCALINGS)}")
+    numbers = {}
+    for key in _SCALINGS[kind]:
+        if key not in value:
+            raise ConfigError(f"{name} of type {kind!r} needs {key!r}, got {dict(value)!r}")
+        is_length = key == "original_max_position_embeddings"
+        numbers[key] = (integer(1, 1 << 30) if is_length else number(1.0 if key == "factor" else 1e-6, 1e6))(f"{name}[{key!r}]", value[key])
+    if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
+        raise ConfigError(f"{name}['high_freq_factor'] must be above low_freq_factor, got {dict(value)!r}")
+    return {"type" if kind != "llama3" else "rope_type": kind, **numbers}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -40,17 +73,17 @@ class LlamaConfig(ModelConfig):
 
     vocab_size: int = setting(32000, integer(1, 1 << 24), structural=True)
     """Rows of the embedding and of the head."""
-    hidden_size: int = _width(4096)
+    hidden_size: int = width(4096)
     """Model width."""
-    intermediate_size: int = _width(11008)
+    intermediate_size: int = width(11008)
     """Width inside the feed-forward block."""
-    num_hidden_layers: int = _layers(32)
+    num_hidden_layers: int = layers(32)
     """Decoder layers."""
-    num_attention_heads: int = _layers(32)
+    num_attention_heads: int = layers(32)
     """Query heads."""
-    num_key_value_heads: int | None = setting(None, optional(integer(1, _MAX_LAYERS)), structural=True)
+    num_key_value_heads: int | None = setting(None, optional(integer(1, MAX_LAYERS)), structural=True)
     """Key and value heads; None means as many as query heads."""
-    head_dim: int | None = setting(None, optional(integer(2, _MAX_WIDTH)), structural=True)
+    head_dim: int | None = setting(None, optional(integer(2, MAX_WIDTH)), structural=True)
     """Width of a head; None means hidden_size / num_attention_heads."""
     hidden_act: str = setting("silu", choice("silu"), structural=True)
     """Activation of the gate."""
@@ -58,7 +91,7 @@ class LlamaConfig(ModelConfig):
     """Context length."""
     initializer_range: float = setting(0.02, number(0.0, 10.0))
     """Standard deviation of fresh weights."""
-    rms_norm_eps: float = setting(1e-6, number(0.0, 1.0))
+    rms_norm_eps: float = setting(1e-6, number(0.0, 1.0), structural=True)
     """Epsilon of the norms."""
     use_cache: bool = setting(True, boolean())
     """Whether forward returns past_key_values by default."""
@@ -66,18 +99,20 @@ class LlamaConfig(ModelConfig):
     """Whether the head is the embedding."""
     rope_theta: float = setting(10000.0, number(1.0, 1e12), structural=True)
     """Base of the rotary frequencies."""
+    rope_scaling: dict[str, Any] | None = setting(None, _rope_scaling, structural=True)
+    """Scaling of the rotary frequencies: type linear or dynamic with a factor, or llama3 with its four numbers; None leaves them."""
     pad_token_id: int | None = setting(None, optional(integer(0)))
     """Token whose embedding gets no gradient; None pads with nothing in particular."""
     bos_token_id: int | None = setting(1, optional(integer(0)))
     """First token of a prompt."""
-    eos_token_id: int | None = setting(2, optional(integer(0)))
-    """Token that ends an answer."""
-    attention_bias: bool = setting(False, choice(False), structural=True)
-    """Biases of the attention projections (none in Llama)."""
-    mlp_bias: bool = setting(False, choice(False), structural=True)
-    """Biases of the feed-forward block (none in Llama)."""
-    pretraining_tp: int = setting(1, choice(1))
-    """Slices of the original training's tensor parallelism."""
+    eos_token_id: int | list[int] | None = setting(2, _token_ids)
+    """Token or tokens that end an answer."""
+    attention_bias: bool = setting(False, boolean(), structural=True)
+    """Biases of all four attention projections (none in Meta's models)."""
+    mlp_bias: bool = setting(False, boolean(), structural=True)
+    """Biases of the feed-forward block (none in Meta's models)."""
+    pretraining_tp: int = setting(1, integer(1, 1024))
+    """Slices of the original training's tensor parallelism: above 1 the row-parallel products are rounded slice by slice as there."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -88,6 +123,29 @@ class LlamaConfig(ModelConfig):
     def head_width(self) -> int:
         """Width of a head, resolved."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.attention_bias
+
+    @property
+    def window(self) -> int | None:
+        """Positions that a token sees, itself included; None sees all before it."""
+        return None
+
+    @property
+    def context_len(self) -> int:
+        """Positions that the model was made for: linear scaling stretches them, a window and dynamic scaling do not."""
+        length = self.max_position_embeddings
+        if self.rope_scaling is not None and self.rope_scaling.get("type") == "linear":
+            length = int(length * self.rope_scaling["factor"])
+        return length if self.window is None else min(length, self.window)
+
+    def end_ids(self) -> frozenset[int]:
+        """Return eos_token_id as a set."""
+        ends = self.eos_token_id
+        return frozenset() if ends is None else frozenset(ends if isinstance(ends, list) else (ends,))
 
     def get_text_config(self) -> LlamaConfig:
         """Return the language model's config: this one."""
@@ -103,6 +161,8 @@ class LlamaConfig(ModelConfig):
             )
         if self.head_width % 2:
             raise ConfigError(f"heads must have an even width for rotary positions, got {self.head_width}")
+        if self.rope_scaling is not None and self.head_width < 4:
+            raise ConfigError(f"rope_scaling needs heads of width 4 or more, got {self.head_width}")
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ConfigError(
                 f"pad_token_id must be below vocab_size {self.vocab_size}, got {self.pad_token_id}; resize the embedding first"
@@ -113,169 +173,65 @@ class LlamaConfig(ModelConfig):
         """Read either form of the rotary settings: rope_theta + rope_scaling (4.x) or rope_parameters (5.x)."""
         values = dict(values)
         parameters = values.pop("rope_parameters", None)
-        scaling = values.pop("rope_scaling", None)
-        for table in (parameters, scaling):
-            if table is None:
-                continue
-            if not isinstance(table, Mapping):
-                raise ConfigError(f"rope_parameters and rope_scaling must be tables, got {table!r}")
-            kind = table.get("rope_type", table.get("type"))
-            if kind not in _NO_SCALING:
-                raise ConfigError(f"rope scaling of type {kind!r} is not supported; only unscaled rotary positions are")
-        if parameters is not None and "rope_theta" in parameters:
-            values["rope_theta"] = parameters["rope_theta"]
+        if parameters is not None:
+            if not isinstance(parameters, Mapping):
+                raise ConfigError(f"rope_parameters must be a table, got {parameters!r}")
+            if parameters.get("rope_theta") is not None:
+                values["rope_theta"] = parameters["rope_theta"]
+            if parameters.get("partial_rotary_factor") not in (None, 1.0):
+                raise ConfigError("rope_parameters['partial_rotary_factor'] must be 1.0; rotating part of a head is not supported")
+            values["rope_scaling"] = _rope_scaling("rope_parameters", parameters)
         return super().from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Write rope_theta and rope_parameters, so that transformers 4.x and 5.x both read the base."""
-        return {**super().to_dict(), "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"}}
-
-
-@dataclass(kw_only=True, eq=False)
-class ClipVisionConfig(ModelConfig):
-    """A CLIP vision transformer."""
-
-    model_type: ClassVar[str] = "clip_vision_model"
-
-    hidden_size: int = _width(1024)
-    """Tower width."""
-    intermediate_size: int = _width(4096)
-    """Width inside the feed-forward block."""
-    num_hidden_layers: int = _layers(24)
-    """Layers in the checkpoint; only those that the features need are run."""
-    num_attention_heads: int = _layers(16)
-    """Attention heads."""
-    image_size: int = setting(336, integer(1, 8192), structural=True)
-    """Side of the square input in pixels."""
-    patch_size: int = setting(14, integer(1, 1024), structural=True)
-    """Side of a patch in pixels."""
-    num_channels: int = setting(3, integer(1, 16), structural=True)
-    """Colour channels."""
-    hidden_act: str = setting("quick_gelu", choice("quick_gelu"), structural=True)
-    """Activation of the feed-forward block."""
-    layer_norm_eps: float = setting(1e-5, number(0.0, 1.0))
-    """Epsilon of the norms."""
-    initializer_range: float = setting(0.02, number(0.0, 10.0))
-    """Standard deviation of fresh weights."""
-    projection_dim: int = setting(768, integer(1, _MAX_WIDTH))
-    """Width of CLIP's own projection; LLaVA does not use it."""
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of one picture."""
-        return (self.image_size // self.patch_size) ** 2
-
-    def validate(self) -> None:
-        """Check divisibility. Raises: ConfigError."""
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}")
-        if self.patch_size > self.image_size:
-            raise ConfigError(f"patch_size {self.patch_size} must not exceed image_size {self.image_size}")
-
-
-def _text_config(name: str, value: object) -> LlamaConfig:
-    return _part(name, value, LlamaConfig)
-
-
-def _vision_config(name: str, value: object) -> ClipVisionConfig:
-    return _part(name, value, ClipVisionConfig)
-
-
-def _part(name: str, value: object, cls: type[_C]) -> _C:
-    if isinstance(value, cls):
-        return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} must be a {cls.__name__} or a table, got {value!r}")
-    kind = value.get("model_type", cls.model_type)
-    if kind != cls.model_type:
-        raise ConfigError(f"{name} has model_type {kind!r}; supported is {cls.model_type!r}")
-    return cls.from_dict(value)
-
-
-@dataclass(kw_only=True, eq=False)
-class LlavaConfig(ModelConfig):
-    """LLaVA-1.5: a CLIP tower, an MLP projector and a Llama decoder."""
-
-    model_type: ClassVar[str] = "llava"
-
-    text_config: LlamaConfig = setting(LlamaConfig, _text_config, structural=True)
-    """The language model."""
-    vision_config: ClipVisionConfig = setting(ClipVisionConfig, _vision_config, structural=True)
-    """The tower."""
-    image_token_index: int = setting(32000, integer(0))
-    """Id of the positions that hold image features."""
-    projector_hidden_act: str = setting("gelu", choice("gelu"), structural=True)
-    """Activation between the projector's layers, exact gelu."""
-    mm_projector_type: str = setting("mlp2x_gelu", lambda name, value: _projector_type(name, value), structural=True)
-    """mlpNx_gelu with N linear layers."""
-    multimodal_projector_bias: bool = setting(True, boolean(), structural=True)
-    """Whether the projector's layers have biases."""
-    vision_feature_layer: int = setting(-2, integer(-_MAX_LAYERS, _MAX_LAYERS), structural=True)
-    """Which of the tower's hidden states are the features; 0 is the embedding, negative counts from the end."""
-    vision_feature_select_strategy: str = setting("default", choice("default", "full"), structural=True)
-    """default drops the class token, full keeps it."""
-    tie_word_embeddings: bool = setting(False, boolean(), structural=True)
-    """Whether the head is the embedding; must agree with text_config."""
-    pad_token_id: int | None = setting(None, optional(integer(0)))
-    """Padding of batches."""
-    ignore_index: int = setting(-100, choice(-100))
-    """Label of positions without loss."""
-
-    @property
-    def projector_depth(self) -> int:
-        """Linear layers of the projector."""
-        return int(self.mm_projector_type.removeprefix("mlp").removesuffix("x_gelu"))
-
-    @property
-    def num_vision_layers_used(self) -> int:
-        """Tower layers that the features need."""
-        layer = self.vision_feature_layer
-        return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
-
-    @property
-    def image_grid(self) -> ImageGrid:
-        """The image tokens of one picture."""
-        has_cls = self.vision_feature_select_strategy == "full"
-        return patch_grid(self.vision_config.image_size, self.vision_config.patch_size, has_cls=has_cls)
-
-    def get_text_config(self) -> LlamaConfig:
-        """Return the language model's config."""
-        return self.text_config
-
-    def validate(self) -> None:
-        """Check the parts and that the feature layer exists. Raises: ConfigError."""
-        self.text_config.validate()
-        self.vision_config.validate()
-        if not 0 <= self.num_vision_layers_used <= self.vision_config.num_hidden_layers:
-            raise ConfigError(
-                f"vision_feature_layer {self.vision_feature_layer} must name one of the tower's "
-                f"{self.vision_config.num_hidden_layers + 1} hidden states"
-            )
-        if self.tie_word_embeddings and not self.text_config.tie_word_embeddings:
-            raise ConfigError("tie_word_embeddings is set for LLaVA but not in text_config; set both or neither")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read config.json; image_token_id is 5.x's name of image_token_index."""
-        values = dict(values)
-        if "image_token_id" in values:
-            values.setdefault("image_token_index", values["image_token_id"])
-            del values["image_token_id"]
-        if values.get("projector_hidden_act", "gelu") is None:
-            del values["projector_hidden_act"]
-        return super().from_dict(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Write what transformers reads; the projector's type only where it is not the usual one."""
+        """Write rope_theta and rope_scaling for transformers 4.x and rope_parameters for 5.x."""
         values = super().to_dict()
-        values["tie_word_embeddings"] = self.text_config.tie_word_embeddings
-        values["image_seq_length"] = self.image_grid.rows * self.image_grid.cols + int(self.image_grid.has_cls)
-        if self.mm_projector_type == "mlp2x_gelu":
-            del values["mm_projector_type"]
-        return values
+        if self.head_dim is None:
+            del values["head_dim"]  # transformers' Qwen2 takes a null for a width
+        scaling = {"type": "default"} if self.rope_scaling is None else dict(self.rope_scaling)
+        if "type" in scaling:
+            scaling["rope_type"] = scaling.pop("type")
+        return {**values, "rope_parameters": {"rope_theta": self.rope_theta, **scaling}}
 
 
-def _projector_type(name: str, value: object) -> str:
-    if not isinstance(value, str) or re.fullmatch(r"mlp[1-9]\d?x_gelu", value) is None:
-        raise ConfigError(f"{name} must be mlpNx_gelu with N from 1 to 99, got {value!r}")
-    return value
+@dataclass(kw_only=True, eq=False)
+class MistralConfig(LlamaConfig):
+    """A Mistral decoder: Llama's with a window."""
+
+    model_type: ClassVar[str] = "mistral"
+
+    intermediate_size: int = width(14336)
+    num_key_value_heads: int | None = setting(8, optional(integer(1, MAX_LAYERS)), structural=True)
+    max_position_embeddings: int = setting(131072, integer(1, 1 << 30))
+    sliding_window: int | None = setting(4096, optional(integer(1, 1 << 30)), structural=True)
+    """Positions that a token sees, itself included; null in later Mistral models."""
+
+    @property
+    def window(self) -> int | None:
+        """Positions that a token sees, itself included; None sees all before it."""
+        return self.sliding_window
+
+
+@dataclass(kw_only=True, eq=False)
+class Qwen2Config(LlamaConfig):
+    """A Qwen-1.5 or Qwen-2 decoder: Llama's with biases on queries, keys and values."""
+
+    model_type: ClassVar[str] = "qwen2"
+
+    vocab_size: int = setting(151936, integer(1, 1 << 24), structural=True)
+    intermediate_size: int = width(22016)
+    num_key_value_heads: int | None = setting(32, optional(integer(1, MAX_LAYERS)), structural=True)
+    max_position_embeddings: int = setting(32768, integer(1, 1 << 30))
+    bos_token_id: int | None = setting(None, optional(integer(0)))
+    eos_token_id: int | list[int] | None = setting(None, _token_ids)
+    use_sliding_window: bool = setting(False, choice(False), structural=True)
+    """Windows in the upper layers; no published LLaVA uses them, and they are not run."""
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return True
+
+
+DECODERS: Mapping[str, type[LlamaConfig]] = {cls.model_type: cls for cls in (LlamaConfig, MistralConfig, Qwen2Config)}
+"""Decoder configurations by model_type."""

@@ -7,28 +7,116 @@ Legend: T tokens  N heads  K key-value heads  H head width  D model width
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llavakit.config import ModelConfig
+from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.linear import Embedding, Linear, RMSNorm
 from llavakit.ops.attention import Attention
-from llavakit.ops.rope import Rope, rope_tables, rotate
+from llavakit.ops.rope import Rope, RopeSpec, rope_tables, rotate
 
-__all__ = ["DecoderLayer", "LlamaDecoder"]
+__all__ = ["DecoderLayer", "LlamaDecoder", "TokenEmbedding", "rope_spec"]
+
+
+class TokenEmbedding(Embedding):
+    """Token embeddings whose padding row follows the config: no gradient reaches it, and it is zero until something is loaded.
+
+    A row that resizing added becomes zero when the config names it; a row that a checkpoint brought stays as it is.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.fresh_rows = range(0)
+        """Rows that resizing added."""
+        self._configs: tuple[ModelConfig, ...] = (config,)
+
+    def follow(self, config: ModelConfig) -> None:
+        """Let another config's pad_token_id come before those known so far (LLaVA's before its language model's)."""
+        self._configs = (config, *self._configs)
+
+    @property
+    def pad_id(self) -> int | None:
+        """The padding row. Raises: ConfigError when the config names a row that does not exist."""
+        for config in self._configs:
+            pad: int | None = config.pad_token_id
+            if pad is not None:
+                if pad >= self.num_embeddings:
+                    rows = self.num_embeddings
+                    raise ConfigError(f"pad_token_id {pad} must be below the embedding's {rows} rows; resize_token_embeddings adds rows")
+                return pad
+        return None
+
+    def zero_pad_row(self) -> None:
+        """Set the padding row, where there is one, to zero."""
+        if self.pad_id is not None:
+            with torch.no_grad():
+                self.weight[self.pad_id].zero_()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look up rows."""
+        pad_id = self.pad_id
+        if pad_id is not None and pad_id in self.fresh_rows:
+            self.zero_pad_row()
+            self.fresh_rows = range(0)
+        return F.embedding(input, self.weight, pad_id)
+
+
+class RowParallelLinear(Linear):
+    """A product that the original training may have summed from slices (config.pretraining_tp of them).
+
+    With t slices the inputs are cut in t, each partial product is rounded to the activation's dtype, and they are added in order:
+    the all-reduce of tensor-parallel training. With one slice it is an ordinary product. Source: facts of transformers 4.32.
+    """
+
+    def __init__(self, in_features: int, out_features: int, config: LlamaConfig, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.config = config
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply. Raises: ConfigError when the inputs cannot be cut evenly."""
+        num_slices = self.config.pretraining_tp
+        if num_slices == 1:
+            return super().forward(input)
+        if self.in_features % num_slices:
+            raise ConfigError(f"pretraining_tp {num_slices} must divide the width {self.in_features} of every row-parallel product")
+        weight = self.weight.to(input.dtype)
+        parts = zip(input.chunk(num_slices, -1), weight.chunk(num_slices, 1), strict=True)
+        total = F.linear(*next(parts))
+        for x, slice_ in parts:
+            total = total + F.linear(x, slice_)
+        return total if self.bias is None else total + self.bias.to(input.dtype)
+
+
+def rope_spec(config: LlamaConfig) -> RopeSpec:
+    """Return the rotary frequencies that a config describes."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return RopeSpec(head_dim=config.head_width, theta=config.rope_theta)
+    return RopeSpec(
+        head_dim=config.head_width,
+        theta=config.rope_theta,
+        kind=scaling["rope_type"] if "rope_type" in scaling else scaling["type"],
+        factor=scaling["factor"],
+        original_len=scaling.get("original_max_position_embeddings", config.max_position_embeddings),
+        low_freq_factor=scaling.get("low_freq_factor", 1.0),
+        high_freq_factor=scaling.get("high_freq_factor", 4.0),
+    )
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions, with biases where the model has them."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_width
         q_dim, kv_dim = config.num_attention_heads * config.head_width, config.num_kv_heads * config.head_width
-        self.q_proj = Linear(config.hidden_size, q_dim, bias=False)
-        self.k_proj = Linear(config.hidden_size, kv_dim, bias=False)
-        self.v_proj = Linear(config.hidden_size, kv_dim, bias=False)
-        self.o_proj = Linear(q_dim, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_dim, bias=config.has_qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_dim, bias=config.has_qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_dim, bias=config.has_qkv_bias)
+        self.o_proj = RowParallelLinear(q_dim, config.hidden_size, config, bias=config.attention_bias)
 
     def forward(self, x_TD: Tensor, rope: Rope, attn: Attention) -> Tensor:
         """Project, rotate, attend through the context, project back."""
@@ -44,9 +132,9 @@ class SwiGlu(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, config, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Apply the block token by token."""
@@ -74,8 +162,8 @@ class LlamaDecoder(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.head_dim, self.rope_theta = config.head_width, config.rope_theta
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.rope_spec = rope_spec(config)
+        self.embed_tokens = TokenEmbedding(config)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -85,7 +173,7 @@ class LlamaDecoder(nn.Module):
         taps, if given, receives the L+1 hidden states: the embeddings, each layer's output, and last the normed output
         in place of the last layer's.
         """
-        rope = rope_tables(positions_T, self.head_dim, self.rope_theta, x_TD.dtype)
+        rope = rope_tables(positions_T, self.rope_spec, x_TD.dtype)
         for layer in self.layers:
             if taps is not None:
                 taps.append(x_TD)

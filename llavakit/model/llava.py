@@ -2,12 +2,13 @@
 
 Owns: embed, forward_packed, logits, loss_packed, and the rule that placeholders equal features.
 Refuses: batch shapes, `forward`, generation and I/O: pretrained/ and engine/ build on these four calls.
-Legend: T tokens  D model width  V vocabulary  M chosen rows  F image features  N pictures  S side in pixels  B segments
+Legend: T tokens  D model width  V vocabulary  M chosen rows  F image features  N tiles  S side in pixels  B segments
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,16 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from llavakit.errors import InputError
-from llavakit.model.config import LlamaConfig, LlavaConfig
-from llavakit.model.decoder import LlamaDecoder
-from llavakit.model.linear import Embedding, Linear
+from llavakit.geometry import ImageGrid, num_tiles
+from llavakit.model.anyres import merge_tiles
+from llavakit.model.config import LlamaConfig
+from llavakit.model.decoder import LlamaDecoder, TokenEmbedding
+from llavakit.model.linear import Linear
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.projector import MultiModalProjector
-from llavakit.model.vision import ClipVisionTower
+from llavakit.model.vision import VisionTower
 from llavakit.ops.attention import Attention, Packed
 from llavakit.ops.loss import IGNORE, linear_cross_entropy
 
-__all__ = ["IMAGE_PLACEHOLDER", "LlamaCore", "LlavaCore", "LossTerms", "PackedBatch"]
+__all__ = ["IMAGE_PLACEHOLDER", "LlamaCore", "LlavaCore", "LossTerms", "PackedBatch", "check_ids"]
 
+_TOWER_BATCH = 16
 IMAGE_PLACEHOLDER = -200
 """The id that original LLaVA code writes where a picture's features go."""
 
@@ -38,6 +43,9 @@ class PackedBatch:
     positions_T: Tensor
     cu_seqlens: Tensor
     pixels_N3SS: Tensor | None = None
+    """Tiles of all pictures, in the order of their places."""
+    grids: tuple[ImageGrid, ...] | None = None
+    """How the tiles belong to pictures; None where each is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +77,13 @@ class LlamaCore(nn.Module):
         """The language model's config."""
         return self.config
 
-    def get_input_embeddings(self) -> Embedding:
+    def get_input_embeddings(self) -> TokenEmbedding:
         """Return the table of token embeddings."""
         return self.model.embed_tokens
 
     def embed(self, ids_T: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Look up x_TD, cast to dtype (the weights' own if None)."""
+        """Look up x_TD, cast to dtype (the weights' own if None). Raises: InputError for ids outside the vocabulary."""
+        check_ids(ids_T, self.config.vocab_size)
         x_TD: Tensor = self.model.embed_tokens(ids_T)
         return x_TD if dtype is None else x_TD.to(dtype)
 
@@ -101,9 +110,11 @@ class LlavaCore(nn.Module):
         super().__init__()
         config.validate()
         self.config = config
-        self.vision_tower = ClipVisionTower(config.vision_config)
+        self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = MultiModalProjector(config)
+        self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size)) if config.has_newline else None
         self.language_model = LlamaCore(config.text_config)
+        self.get_input_embeddings().follow(config)
         config.mark_built()
         config.vision_config.mark_built()
 
@@ -112,25 +123,43 @@ class LlavaCore(nn.Module):
         """The language model's config."""
         return self.config.text_config
 
-    def get_input_embeddings(self) -> Embedding:
+    def get_input_embeddings(self) -> TokenEmbedding:
         """Return the language model's table of token embeddings."""
         return self.language_model.get_input_embeddings()
 
-    def encode_images(self, pixels_N3SS: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Turn N pictures into projected features_FD, picture by picture; gradients reach the tower only where it is trainable."""
+    def encode_images(
+        self, pixels_N3SS: Tensor, grids: Sequence[ImageGrid] | None = None, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Turn N tiles into projected features_FD, picture by picture; grids say which tiles are one picture (None: each is).
+
+        Gradients reach the tower only where it is trainable.
+        Raises: InputError when the tiles are not those of the grids, of another shape, not floats, or not finite.
+        """
+        _check_pixels(pixels_N3SS)
+        grids = (self.config.image_grid,) * pixels_N3SS.shape[0] if grids is None else grids
+        counts = [num_tiles(grid) for grid in grids]
+        if sum(counts) != pixels_N3SS.shape[0]:
+            raise InputError(f"{len(counts)} pictures have {sum(counts)} tiles, got {pixels_N3SS.shape[0]}; use the model's own processor")
+        projected_NPD = self.multi_modal_projector(self._see(pixels_N3SS, dtype))
+        if all(count == 1 and grid.anyres is None for count, grid in zip(counts, grids, strict=True)):
+            return projected_NPD.flatten(0, 1)  # type: ignore[no-any-return]
+        pictures = zip(projected_NPD.split(counts), grids, strict=True)
+        return torch.cat([merge_tiles(tiles_NPD, grid, self.image_newline) for tiles_NPD, grid in pictures])
+
+    def _see(self, pixels_N3SS: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Run the tower, a few tiles at a time where no gradient is needed."""
         is_tower_trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.vision_tower.parameters())
-        pixels_N3SS = pixels_N3SS.to(self.multi_modal_projector.get_parameter("linear_1.weight").dtype if dtype is None else dtype)
+        pixels_N3SS = pixels_N3SS.to(self.vision_tower.dtype if dtype is None else dtype)
+        parts = (pixels_N3SS,) if is_tower_trained or not pixels_N3SS.shape[0] else pixels_N3SS.split(_TOWER_BATCH)
         with torch.set_grad_enabled(is_tower_trained):
-            features_NPD = self.vision_tower.features(
-                pixels_N3SS, num_layers=self.config.num_vision_layers_used, keep_cls=self.config.image_grid.has_cls
-            )
-        features_FD: Tensor = self.multi_modal_projector(features_NPD).flatten(0, 1)
-        return features_FD
+            depths, keep_cls = self.config.feature_depths, self.config.image_grid.has_cls
+            seen = [self.vision_tower.features(part, depths=depths, keep_cls=keep_cls) for part in parts]
+        return seen[0] if len(seen) == 1 else torch.cat(seen)
 
     def embed(self, ids_T: Tensor, features_FD: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
         """Look up x_TD and put the features, in order, where ids are the image token (or -200).
 
-        Raises: InputError when placeholders and features differ in number.
+        Raises: InputError when placeholders and features differ in number, or ids lie outside the vocabulary.
         """
         is_image_T = (ids_T == self.config.image_token_index) | (ids_T == IMAGE_PLACEHOLDER)
         num_slots, num_features = int(is_image_T.sum()), 0 if features_FD is None else features_FD.shape[0]
@@ -155,12 +184,38 @@ class LlavaCore(nn.Module):
 
     def loss_packed(self, batch: PackedBatch, *, dtype: torch.dtype | None = None) -> LossTerms:
         """Sum the cross entropy over the batch's supervised positions, pictures included, activations in dtype."""
-        features_FD = None if batch.pixels_N3SS is None else self.encode_images(batch.pixels_N3SS, dtype=dtype)
+        features_FD = None if batch.pixels_N3SS is None else self.encode_images(batch.pixels_N3SS, batch.grids, dtype=dtype)
         return _decoder_loss(self.language_model, self.embed(batch.ids_T, features_FD, dtype=dtype), batch)
 
 
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Check that ids can be looked up; on CUDA this waits for the device. Raises: InputError.
+
+    On CUDA a look-up outside the table would end the process, not just the call.
+    """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"ids must be integers, got {ids.dtype}; use the tokenizer's tensor")
+    if ids.numel() == 0:
+        return
+    low, high = torch.stack(torch.aminmax(ids)).tolist()
+    if low < 0 or high >= vocab_size:
+        raise InputError(f"ids must lie in 0..{vocab_size - 1}, got {low}..{high}; does the tokenizer belong to this model?")
+
+
+def _check_pixels(pixels: Tensor) -> None:
+    """Check dtype and values; on CUDA this waits for the device. Raises: InputError."""
+    if not pixels.is_floating_point():
+        raise InputError(f"pixels must be normalised floats, got {pixels.dtype}; use the model's own processor")
+    # NaN anywhere is both the smallest and the largest value: one pass, no copy.
+    if pixels.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(pixels)).tolist())):
+        raise InputError("pixels hold NaN or infinite values; use the model's own processor")
+
+
 def _decoder_loss(core: LlamaCore, x_TD: Tensor, batch: PackedBatch) -> LossTerms:
-    h_TD = core.forward_packed(x_TD, batch.positions_T, Packed(batch.cu_seqlens))
+    attn, window = Packed(batch.cu_seqlens), core.config.window
+    if window is not None and max(attn.lengths) > window:
+        raise InputError(f"a sequence has {max(attn.lengths)} tokens, but this model sees a window of {window}; shorten the samples")
+    h_TD = core.forward_packed(x_TD, batch.positions_T, attn)
     rows_M = (batch.labels_T != IGNORE).nonzero().squeeze(-1)
     loss, num_right = linear_cross_entropy(h_TD[rows_M], core.lm_head.weight, batch.labels_T[rows_M])
     weight = torch.tensor(rows_M.numel())

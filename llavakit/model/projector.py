@@ -1,6 +1,6 @@
-"""The projector between tower and language model: mlpNx_gelu.
+"""The projector between tower and language model: linear (v1), mlpNx_gelu (v1.5 on), identity.
 
-Owns: N linear layers with exact (erf) gelu between them, named linear_1 ... linear_N as in llava-hf files.
+Owns: N linear layers with exact (erf) gelu between them, named linear_1 ... linear_N as in llava-hf files; none for identity.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llavakit.model.config import LlavaConfig
 from llavakit.model.linear import Linear
+from llavakit.model.llava_config import LlavaConfig
 
 __all__ = ["MultiModalProjector"]
 
@@ -21,12 +21,12 @@ class MultiModalProjector(nn.Module):
         super().__init__()
         self.depth = config.projector_depth
         for index in range(1, self.depth + 1):
-            width = config.vision_config.hidden_size if index == 1 else config.text_config.hidden_size
+            width = config.feature_width if index == 1 else config.text_config.hidden_size
             self.add_module(f"linear_{index}", Linear(width, config.text_config.hidden_size, bias=config.multimodal_projector_bias))
 
     def forward(self, features_FD: Tensor) -> Tensor:
-        """Project features [..., tower width] to [..., model width]."""
-        h = self.get_submodule("linear_1")(features_FD)
-        for index in range(2, self.depth + 1):
-            h = self.get_submodule(f"linear_{index}")(F.gelu(h))
-        return h  # type: ignore[no-any-return]
+        """Project features [..., feature width] to [..., model width]."""
+        h = features_FD
+        for index in range(1, self.depth + 1):
+            h = self.get_submodule(f"linear_{index}")(h if index == 1 else F.gelu(h))
+        return h

@@ -1,6 +1,6 @@
 """Changing a built model: fresh weights, and which of them train.
 
-Owns: init_weights and freeze. Later fusing, quantising and LoRA join here; nothing else may touch a model's modules.
+Owns: init_weights, freeze and resize_vocabulary. Later fusing, quantising and LoRA join here; nothing else may touch a model's modules.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llavakit.errors import ConfigError
+from llavakit.model.config import LlamaConfig
+from llavakit.model.decoder import TokenEmbedding
 
-__all__ = ["TrainableRow", "freeze", "init_weights"]
+__all__ = ["TrainableRow", "freeze", "init_weights", "resize_vocabulary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +34,13 @@ def init_weights(model: nn.Module, std: float, generator: torch.Generator) -> No
         for name, weight in model.named_parameters():
             if name.endswith(".bias"):
                 weight.zero_()
-            elif "norm" in name.rsplit(".", 2)[-2]:
+            elif "norm" in name.rpartition(".")[0].rpartition(".")[2]:
                 weight.fill_(1.0)
             else:
                 weight.normal_(0.0, std, generator=generator)
         for module in model.modules():
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx].zero_()
+            if isinstance(module, TokenEmbedding):
+                module.zero_pad_row()
 
 
 def freeze(model: nn.Module, trainable: Sequence[str]) -> list[TrainableRow]:
@@ -56,3 +58,35 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[TrainableRow]:
     for name, weight in parameters.items():
         weight.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in trainable))
     return rows
+
+
+def resize_vocabulary(embedding: TokenEmbedding, head: nn.Linear | None, config: LlamaConfig, num_tokens: int) -> None:
+    """Give embedding and head num_tokens rows, keeping the old ones bit for bit, and write vocab_size.
+
+    New rows are the mean of the old ones, so that new tokens are neither likely nor unlikely; the row that is or becomes the config's
+    pad_token_id is zero in the embedding. A head that shares the embedding's weight goes on sharing it.
+    Raises: ConfigError when num_tokens is not positive.
+    """
+    if num_tokens < 1:
+        raise ConfigError(f"an embedding needs at least one row, got {num_tokens}")
+    num_old = embedding.num_embeddings
+    is_tied = head is not None and head.weight is embedding.weight
+    if num_tokens != num_old:
+        embedding.weight = _with_rows(embedding.weight, num_tokens)
+        embedding.num_embeddings = num_tokens
+        if head is not None:
+            head.weight = embedding.weight if is_tied else _with_rows(head.weight, num_tokens)
+            head.out_features = num_tokens
+        config.restructure(vocab_size=num_tokens)
+        embedding.fresh_rows = range(num_old, num_tokens)
+        if config.pad_token_id is not None and config.pad_token_id in embedding.fresh_rows:
+            embedding.zero_pad_row()
+
+
+def _with_rows(weight: Tensor, num_rows: int) -> nn.Parameter:
+    """Cut a matrix or extend it by copies of its mean row."""
+    rows = weight.detach()[:num_rows]
+    if num_rows > rows.shape[0]:
+        mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
+        rows = torch.cat((rows, mean.expand(num_rows - rows.shape[0], -1)))
+    return nn.Parameter(rows.clone(), requires_grad=weight.requires_grad)

@@ -6,35 +6,38 @@ forward takes and returns [B, S] tensors and equals transformers' eager path at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llavakit.errors import InputError
-from llavakit.geometry import num_image_tokens
-from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
-from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava import LlamaCore, LlavaCore, check_ids
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.ops.loss import IGNORE
 from llavakit.pretrained.dense import DenseInput, DenseResult, run_dense
 from llavakit.pretrained.files import PretrainedFiles
 from llavakit.pretrained.generation import Generation
+from llavakit.pretrained.inputs import Batch, check_batch
 from llavakit.pretrained.outputs import BaseModelOutputWithPast, Cache, CausalLMOutputWithPast
+from llavakit.pretrained.pictures import gather
+from llavakit.pretrained.resizing import ResizableVocabulary
 from llavakit.pretrained.splice import splice
 
 __all__ = ["LlamaForCausalLM", "LlamaModel", "LlavaLlamaForCausalLM"]
 
 
-class LlamaModel(PretrainedFiles, LlamaDecoder):
-    """The decoder without a head."""
+class LlamaModel(PretrainedFiles, ResizableVocabulary, LlamaDecoder):
+    """The decoder without a head; a LlavaConfig stands for its language model."""
 
     config_class = LlamaConfig
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig | LlavaConfig) -> None:
         config.validate()
+        config = config.get_text_config()
         super().__init__(config)
         self.config = config
         config.mark_built()
@@ -52,16 +55,16 @@ class LlamaModel(PretrainedFiles, LlamaDecoder):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """Run [B, S] ids or [B, S, D] embeddings. Raises: InputError unless exactly one of the two is given."""
-        x_BSD = _one_of(input_ids, inputs_embeds, self.embed_tokens)
-        given = DenseInput(
-            x_BSD=x_BSD,
+        """Run [B, S] ids or [B, S, D] embeddings. Raises: InputError for what does not fit, before anything is computed."""
+        batch = Batch(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past=past_key_values,
-            record_attentions=output_attentions is True,
-            record_hidden=output_hidden_states is True,
         )
+        check_batch(batch, self.config)
+        given = _given(batch, self.config, self._embed, output_attentions, output_hidden_states)
         result = run_dense(self.forward_packed, given)
         output = BaseModelOutputWithPast(
             last_hidden_state=result.h_BSD,
@@ -71,8 +74,13 @@ class LlamaModel(PretrainedFiles, LlamaDecoder):
         )
         return output.to_tuple() if return_dict is False else output
 
+    def _embed(self, ids_BS: Tensor) -> Tensor:
+        check_ids(ids_BS, self.config.vocab_size)
+        x_BSD: Tensor = self.embed_tokens(ids_BS)
+        return x_BSD
 
-class LlamaForCausalLM(PretrainedFiles, Generation, LlamaCore):
+
+class LlamaForCausalLM(PretrainedFiles, ResizableVocabulary, Generation, LlamaCore):
     """A Llama language model."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -92,20 +100,25 @@ class LlamaForCausalLM(PretrainedFiles, Generation, LlamaCore):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Run [B, S] ids or [B, S, D] embeddings; labels are compared with the next position's logits, -100 ignored."""
-        given = DenseInput(
-            x_BSD=_one_of(input_ids, inputs_embeds, self.embed),
+        """Run [B, S] ids or [B, S, D] embeddings; labels are compared with the next position's logits, -100 ignored.
+
+        Raises: InputError for what does not fit, before anything is computed.
+        """
+        batch = Batch(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past=past_key_values,
-            record_attentions=output_attentions is True,
-            record_hidden=output_hidden_states is True,
+            labels=labels,
         )
+        check_batch(batch, self.config)
+        given = _given(batch, self.config, self.embed, output_attentions, output_hidden_states)
         output = _causal_output(self, given, labels, _cache_flag(use_cache, self.config.use_cache))
         return output.to_tuple() if return_dict is False else output
 
 
-class LlavaLlamaForCausalLM(PretrainedFiles, Generation, LlavaCore):
+class LlavaLlamaForCausalLM(PretrainedFiles, ResizableVocabulary, Generation, LlavaCore):
     """LLaVA: pictures and text in, text out."""
 
     def __init__(self, config: LlavaConfig) -> None:
@@ -124,36 +137,57 @@ class LlavaLlamaForCausalLM(PretrainedFiles, Generation, LlavaCore):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         images: Tensor | Sequence[Tensor] | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        image_sizes: Tensor | Sequence[Sequence[int]] | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run [B, S] ids with the pictures that their image ids stand for, in order over the whole batch.
 
-        images (pixel_values is the same) is [N, 3, side, side]. An image id standing alone (-200 or config.image_token_index)
-        is expanded to all features of its picture, and the outputs are longer accordingly; a full run keeps its length.
-        Raises: InputError when ids and pictures do not fit, or both or neither of input_ids and inputs_embeds are given.
+        images (pixel_values is the same) is [N, 3, side, side]; for the forms of v1.6, and image_sizes, see pictures.gather. An image
+        id standing alone (-200 or config.image_token_index) is expanded to all features of its picture, and the outputs are longer
+        accordingly; a full run keeps its length.
+        Raises: InputError when ids and pictures do not fit, and for whatever else does not.
         """
-        pixels = _pixels(images, pixel_values)
-        if input_ids is not None and pixels is not None:
-            spliced = splice(
-                input_ids,
-                attention_mask,
-                labels,
-                image_id=self.config.image_token_index,
-                tokens_per_image=num_image_tokens(self.config.image_grid),
-            )
+        pictures = gather(self.config, images=images, pixel_values=pixel_values, image_sizes=image_sizes)
+        if pictures is not None and input_ids is None:
+            raise InputError("pictures go where input_ids have image ids; inputs_embeds hold their features already")
+        if input_ids is not None and pictures is not None:
+            spliced = splice(input_ids, attention_mask, labels, image_id=self.config.image_token_index, counts=pictures.counts)
             input_ids, attention_mask, labels = spliced.ids_BS, spliced.attention_mask, spliced.labels
-        features_FD = None if pixels is None else self.encode_images(pixels)
-        given = DenseInput(
-            x_BSD=_one_of(input_ids, inputs_embeds, lambda ids_BS: self.embed(ids_BS.flatten(), features_FD).unflatten(0, ids_BS.shape)),
+        batch = Batch(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past=past_key_values,
-            record_attentions=output_attentions is True,
-            record_hidden=output_hidden_states is True,
+            labels=labels,
         )
+        check_batch(batch, self.text_config)
+        features_FD = None if pictures is None else self.encode_images(pictures.tiles_N3SS, pictures.grids)
+
+        def embed(ids_BS: Tensor) -> Tensor:
+            x_BSD: Tensor = self.embed(ids_BS.flatten(), features_FD).unflatten(0, ids_BS.shape)
+            return x_BSD
+
+        given = _given(batch, self.text_config, embed, output_attentions, output_hidden_states)
         output = _causal_output(self, given, labels, _cache_flag(use_cache, self.config.text_config.use_cache))
         return output.to_tuple() if return_dict is False else output
+
+
+def _given(
+    batch: Batch, config: LlamaConfig, embed: Callable[[Tensor], Tensor], output_attentions: bool | None, output_hidden_states: bool | None
+) -> DenseInput:
+    x_BSD = batch.inputs_embeds if batch.input_ids is None else embed(batch.input_ids)
+    assert x_BSD is not None  # check_batch has seen one of the two
+    return DenseInput(
+        x_BSD=x_BSD,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        past=batch.past,
+        window=config.window,
+        record_attentions=output_attentions is True,
+        record_hidden=output_hidden_states is True,
+    )
 
 
 def _causal_output(core: LlamaCore | LlavaCore, given: DenseInput, labels: Tensor | None, keep_cache: bool) -> CausalLMOutputWithPast:
@@ -161,7 +195,7 @@ def _causal_output(core: LlamaCore | LlavaCore, given: DenseInput, labels: Tenso
     logits = core.logits(result.h_BSD)
     loss = None
     if labels is not None:
-        shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].flatten()
+        shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].flatten().long()
         loss = F.cross_entropy(logits.flatten(0, 1).float(), shifted, ignore_index=IGNORE)
     return CausalLMOutputWithPast(
         loss=loss,
@@ -170,21 +204,6 @@ def _causal_output(core: LlamaCore | LlavaCore, given: DenseInput, labels: Tenso
         hidden_states=result.hidden_states,
         attentions=result.attentions,
     )
-
-
-def _one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None, embed: Any) -> Tensor:
-    if (input_ids is None) == (inputs_embeds is None):
-        raise InputError("give exactly one of input_ids and inputs_embeds")
-    x_BSD: Tensor = embed(input_ids) if inputs_embeds is None else inputs_embeds
-    return x_BSD
-
-
-def _pixels(images: Tensor | Sequence[Tensor] | None, pixel_values: Tensor | None) -> Tensor | None:
-    if images is not None and pixel_values is not None:
-        raise InputError("images and pixel_values are the same thing; give one of them")
-    if images is None:
-        return pixel_values
-    return images if isinstance(images, Tensor) else torch.stack(tuple(images))
 
 
 def _cache_flag(asked: bool | None, default: bool) -> bool:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llavakit.errors import InputError
 from llavakit.ops.attention import Attention
 from llavakit.pretrained.outputs import Cache
 
@@ -23,9 +22,11 @@ __all__ = ["Dense", "DenseResult", "run_dense"]
 class Dense:
     """Eager attention of every query over cache and new keys, with an additive mask of the dtype's lowest number."""
 
-    def __init__(self, mask_BC: Tensor, num_new: int, past: Cache | None, *, record: bool) -> None:
+    def __init__(self, mask_BC: Tensor, num_new: int, past: Cache | None, *, window: int | None = None, record: bool = False) -> None:
         num_all = mask_BC.shape[1]
         causal_SC = torch.ones(num_new, num_all, dtype=torch.bool, device=mask_BC.device).tril(num_all - num_new)
+        if window is not None:
+            causal_SC = causal_SC.triu(num_all - num_new - window + 1)
         self.hidden_B1SC = ~(causal_SC & mask_BC[:, None]).unsqueeze(1)
         self.past, self.record, self.rows = past, record, (mask_BC.shape[0], num_new)
         self.present: list[tuple[Tensor, Tensor]] = []
@@ -65,12 +66,13 @@ class DenseInput:
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     past: Cache | None = None
+    window: int | None = None
     record_attentions: bool = False
     record_hidden: bool = False
 
 
 def run_dense(forward_packed: Callable[[Tensor, Tensor, Attention, list[Tensor] | None], Tensor], given: DenseInput) -> DenseResult:
-    """Run the packed core over a batch. Raises: InputError where shapes do not fit."""
+    """Run the packed core over a batch whose parts fit each other (inputs.check_batch)."""
     num_rows, num_new = given.x_BSD.shape[:2]
     device, num_past = given.x_BSD.device, 0 if given.past is None else given.past[0][0].shape[2]
     mask_BC = _mask(given.attention_mask, num_rows, num_past + num_new, device)
@@ -78,7 +80,7 @@ def run_dense(forward_packed: Callable[[Tensor, Tensor, Attention, list[Tensor] 
     if positions is None:
         positions = torch.arange(num_past, num_past + num_new, device=device)
     positions_T = positions.expand(num_rows, num_new).flatten()
-    attn = Dense(mask_BC, num_new, given.past, record=given.record_attentions)
+    attn = Dense(mask_BC, num_new, given.past, window=given.window, record=given.record_attentions)
     taps: list[Tensor] | None = [] if given.record_hidden else None
     h_TD = forward_packed(given.x_BSD.flatten(0, 1), positions_T, attn, taps)
 
@@ -96,6 +98,4 @@ def run_dense(forward_packed: Callable[[Tensor, Tensor, Attention, list[Tensor] 
 def _mask(mask: Tensor | None, num_rows: int, num_all: int, device: torch.device) -> Tensor:
     if mask is None:
         return torch.ones(num_rows, num_all, dtype=torch.bool, device=device)
-    if tuple(mask.shape) != (num_rows, num_all):
-        raise InputError(f"attention_mask must be [{num_rows}, {num_all}] (cached and new positions), got {list(mask.shape)}")
     return mask.to(device).bool()

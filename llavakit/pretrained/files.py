@@ -1,23 +1,43 @@
-"""from_pretrained and save_pretrained of the public classes."""
+"""from_pretrained, save_pretrained and push_to_hub of the public classes.
+
+Arguments have the names that users of transformers know; each is used or refused, none is ignored.
+"""
 
 from __future__ import annotations
 
+import re
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from llavakit.checkpoint.hf import MAX_SHARD_BYTES, save_folder
+from llavakit.checkpoint.card import CardFacts, build_card, choose_licence
+from llavakit.checkpoint.hf import SideFiles, save_folder
 from llavakit.checkpoint.load import load_config, load_weights
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.surgery import init_weights
 from llavakit.processing.processor import LlavaProcessor
-from llavakit.storage.hub import resolve_model
+from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
+from llavakit.processing.tokenizer.slow import LlamaTokenizer
+from llavakit.storage.hub import is_hub_id, resolve_model, upload_folder
 
-__all__ = ["PretrainedFiles"]
+__all__ = ["ModelSource", "PretrainedFiles"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(i?)B")
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model was loaded from: what the user called it, and the folder."""
+
+    name: str
+    folder: Path
 
 
 class PretrainedFiles(nn.Module):
@@ -25,29 +45,118 @@ class PretrainedFiles(nn.Module):
 
     config_class: Any
     config: Any
+    source: ModelSource | None = None
+    """Where from_pretrained found it; None for a fresh model."""
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, *, dtype: torch.dtype | Literal["float32", "float16", "bfloat16", "auto"] = "auto") -> Self:
-        """Load from a folder or a hub id, in eval mode; "auto" keeps the dtype of the files.
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        config: Any = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        device_map: str | torch.device | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        allow_pickle: bool = False,
+        low_cpu_mem_usage: bool = True,
+    ) -> Self:
+        """Load from a folder or a hub id, in eval mode.
 
-        Raises: CheckpointError when it is another kind of model, incomplete or damaged.
+        dtype (or torch_dtype) is a torch dtype or its name; "auto", the default, keeps that of the files. device (or device_map) is
+        one device; "auto" is CUDA where there is one, the default is the CPU. config replaces the folder's own. Memory always holds
+        the model and one tensor at most, so low_cpu_mem_usage cannot be switched off. The hub's arguments are resolve_model's.
+        Raises: CheckpointError when it is another kind of model, incomplete or damaged; ConfigError for arguments.
         """
-        folder = resolve_model(model)
-        config = load_config(folder)
+        if not low_cpu_mem_usage:
+            raise ConfigError("low_cpu_mem_usage=False is not offered: weights are always read one by one; leave it out")
+        chosen_dtype, chosen_device = _choose_dtype(dtype, torch_dtype), _choose_device(device, device_map)
+        if config is not None and not isinstance(config, cls.config_class):
+            raise ConfigError(f"config must be a {cls.config_class.__name__} for {cls.__name__}, got {type(config).__name__}")
+        folder = resolve_model(
+            model,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            allow_pickle=allow_pickle,
+        )
+        if config is None:
+            config = load_config(folder)
         if not isinstance(config, cls.config_class):
             raise CheckpointError(f"{folder} holds a {config.model_type} model, {cls.__name__} needs {cls.config_class.model_type}")
-        if isinstance(dtype, str) and dtype != "auto" and dtype not in _DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)} or auto, got {dtype!r}")
         with torch.device("meta"):
             built = cls(config)
-        load_weights(built, folder, dtype=_DTYPES.get(dtype) if isinstance(dtype, str) else dtype)
+        load_weights(built, folder, dtype=chosen_dtype, device=chosen_device, allow_pickle=allow_pickle)
+        built.source = ModelSource(str(model), folder)
         return built.eval()
 
     def save_pretrained(
-        self, folder: str | Path, *, processor: LlavaProcessor | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        folder: str | Path,
+        *,
+        processor: LlavaProcessor | None = None,
+        tokenizer: LlamaTokenizer | LlamaTokenizerFast | None = None,
+        max_shard_size: int | str = _SHARD_SIZE,
+        safe_serialization: bool = True,
     ) -> None:
-        """Save in the HF layout, atomically; give the processor too for a folder that is complete for everybody."""
-        save_folder(self, Path(folder), processor=processor, max_shard_bytes=max_shard_bytes)  # type: ignore[arg-type]
+        """Save in the HF layout, atomically; give the processor (or a tokenizer) too for a folder that is complete for everybody.
+
+        max_shard_size is in bytes, or text like "5GB" or "200MiB". Licence files of the folder that it was loaded from go along.
+        Raises: ConfigError for arguments, StorageError when the disk refuses.
+        """
+        if not safe_serialization:
+            raise ConfigError("safe_serialization=False is not offered: only safetensors are written, which everybody reads; leave it out")
+        save_folder(
+            self,  # type: ignore[arg-type]
+            Path(folder),
+            processor=_side_files(processor, tokenizer),
+            source=None if self.source is None else self.source.folder,
+            max_shard_bytes=_shard_bytes(max_shard_size),
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        processor: LlavaProcessor | None = None,
+        tokenizer: LlamaTokenizer | LlamaTokenizerFast | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str = "Upload the model",
+        token: str | bool | None = None,
+        license: str | None = None,
+        max_shard_size: int | str = _SHARD_SIZE,
+    ) -> str:
+        """Save into a temporary folder, add a model card, upload it all, and return the address of the commit.
+
+        license is the hub's id of one; left out, it is taken from the card or the licence files of the folder that the model came
+        from. revision is a branch. Raises: CheckpointError when the hub refuses, ConfigError for arguments.
+        """
+        if not is_hub_id(repo_id):
+            raise ConfigError(f"repo_id must be owner/name, got {repo_id!r}")
+        source = self.source
+        card = build_card(
+            CardFacts(
+                name=repo_id,
+                config=self.config,
+                class_name=type(self).__name__,
+                num_parameters=self.num_parameters(),
+                dtype=str(self.dtype).removeprefix("torch."),
+                processor=processor,
+                base_model=source.name if source is not None and source.folder != Path(source.name) else None,
+                licence=choose_licence(license, None if source is None else source.folder),
+            )
+        )
+        with tempfile.TemporaryDirectory(prefix="llavakit-") as temporary:
+            folder = Path(temporary) / "model"
+            self.save_pretrained(folder, processor=processor, tokenizer=tokenizer, max_shard_size=max_shard_size)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            return upload_folder(folder, repo_id, private=private, revision=revision, message=commit_message, token=token)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,3 +176,53 @@ class PretrainedFiles(nn.Module):
         """Give a fresh model random weights from torch's global generator; a model on the meta device gets none."""
         if self.device.type != "meta":
             init_weights(self, self.config.get_text_config().initializer_range, torch.default_generator)
+
+
+def _choose_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype asked for, None for that of the files. Raises: ConfigError."""
+    if dtype is not None and torch_dtype is not None:
+        raise ConfigError("dtype and torch_dtype are the same thing; give one of them")
+    asked = torch_dtype if dtype is None else dtype
+    if asked is None or asked == "auto":
+        return None
+    chosen = _DTYPES.get(asked.removeprefix("torch.")) if isinstance(asked, str) else asked
+    if chosen not in _DTYPES.values():
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)} or auto, got {asked!r}")
+    return chosen
+
+
+def _choose_device(device: str | torch.device | None, device_map: str | torch.device | None) -> torch.device:
+    """Return the device asked for. Raises: ConfigError, also when this machine has no such device."""
+    if device is not None and device_map is not None:
+        raise ConfigError("device and device_map are the same thing here (a model lies on one device); give one of them")
+    asked = device_map if device is None else device
+    if asked is None or asked == "auto":
+        return torch.device("cuda" if asked == "auto" and torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(asked)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"a device is auto, cpu, cuda or cuda:N, got {asked!r}; a model lies on one device") from error
+    num_cuda = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= num_cuda:
+        raise ConfigError(f"there is no device {chosen}: this machine has {num_cuda} CUDA devices; use cpu or auto")
+    return chosen
+
+
+def _side_files(processor: LlavaProcessor | None, tokenizer: LlamaTokenizer | LlamaTokenizerFast | None) -> SideFiles | None:
+    if processor is not None and tokenizer is not None:
+        raise ConfigError("the processor holds the tokenizer; give one of them")
+    return tokenizer if processor is None else processor
+
+
+def _shard_bytes(size: int | str) -> int:
+    """Read a size: bytes, or a whole number with KB, MB, GB, TB (powers of 1000) or KiB ... (of 1024). Raises: ConfigError."""
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size.strip())
+        if match is None:
+            raise ConfigError(f'max_shard_size must be bytes or text like "5GB" or "200MiB", got {size!r}')
+        num_bytes = int(match[1]) * int((1024 if match[3] else 1000) ** _POWERS[match[2]])
+    else:
+        num_bytes = size
+    if num_bytes < 1:
+        raise ConfigError(f"max_shard_size must be at least 1 byte, got {size!r}")
+    return num_bytes

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from llavakit.engine.loop import run_requests
 from llavakit.engine.request import Request
 from llavakit.errors import InputError
-from llavakit.geometry import num_image_tokens
-from llavakit.model.config import LlavaConfig
+from llavakit.model.llava_config import LlavaConfig
+from llavakit.pretrained.pictures import Pictures, gather
 from llavakit.pretrained.splice import splice
 from llavakit.processing.processor import Prompt
 from llavakit.types import SamplingParams
@@ -32,8 +32,9 @@ class Generation(nn.Module):
         input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
-        images: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        images: Tensor | Sequence[Tensor] | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        image_sizes: Tensor | Sequence[Sequence[int]] | None = None,
         max_new_tokens: int = _MAX_NEW_TOKENS,
         do_sample: bool = False,
         temperature: float = 1.0,
@@ -45,21 +46,22 @@ class Generation(nn.Module):
     ) -> Tensor:
         """Continue [B, S] ids and return prompt and new ids, shorter rows filled up with the pad id on the right.
 
-        Pictures [N, 3, side, side] belong to the image ids in order over the batch; prompts come back expanded. Padding may lie on
+        Pictures (see pictures.gather) belong to the image ids in order over the batch; prompts come back expanded. Padding may lie on
         either side. Row i draws from its own generator, seeded with seed + i. Raises: InputError, PromptError.
         """
-        pixels = images if pixel_values is None else pixel_values
-        if images is not None and pixel_values is not None:
-            raise InputError("images and pixel_values are the same thing; give one of them")
-        prompts, input_ids = self._prompts(input_ids, attention_mask, pixels)
+        pictures = None
+        if isinstance(self.config, LlavaConfig):
+            pictures = gather(self.config, images=images, pixel_values=pixel_values, image_sizes=image_sizes)
+        elif images is not None or pixel_values is not None:
+            raise InputError("this model is a language model without a vision tower; call generate without pictures")
+        prompts, input_ids = self._prompts(input_ids, attention_mask, pictures)
         text = self.config.get_text_config()
-        ends = text.eos_token_id if eos_token_id is None else eos_token_id
-        end_ids = frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+        end_ids = text.end_ids() if eos_token_id is None else frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
         requests = [
             Request(
                 prompt,
                 _sampling(max_new_tokens, None if not do_sample else (temperature, top_k, top_p), None if seed is None else seed + row),
-                context_len=text.max_position_embeddings,
+                context_len=text.context_len,
                 end_ids=end_ids,
                 tokenizer=None,
             )
@@ -72,26 +74,35 @@ class Generation(nn.Module):
         new = [request.ids + [fill] * (width - len(request.ids)) for request in requests]
         return torch.cat((input_ids, torch.tensor(new, device=input_ids.device)), 1)
 
-    def _prompts(self, input_ids: Tensor, attention_mask: Tensor | None, pixels: Tensor | None) -> tuple[list[Prompt], Tensor]:
+    def _prompts(self, input_ids: Tensor, attention_mask: Tensor | None, pictures: Pictures | None) -> tuple[list[Prompt], Tensor]:
         """Cut the batch into prompts without padding, each with its own pictures; returns them and the expanded ids."""
-        mask, per_image, image_id = attention_mask, 0, -1
+        mask, image_id, counts = attention_mask, -1, pictures.counts if pictures is not None else ()
         if isinstance(self.config, LlavaConfig):
-            image_id, per_image = self.config.image_token_index, num_image_tokens(self.config.image_grid)
-            spliced = splice(input_ids, mask, None, image_id=image_id, tokens_per_image=per_image)
+            image_id = self.config.image_token_index
+            spliced = splice(input_ids, mask, None, image_id=image_id, counts=counts)
             input_ids, mask = spliced.ids_BS, spliced.attention_mask
         keep = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         if not bool(keep.any(1).all()):
             raise InputError("attention_mask hides a whole row; every row needs a token to continue")
-        prompts, first = [], 0
-        for ids_S, keep_S in zip(input_ids, keep, strict=True):
-            ids = ids_S[keep_S].tolist()
-            count = ids.count(image_id) // per_image if per_image else 0
-            tiles = torch.empty(0, 3, 1, 1) if pixels is None else pixels[first : first + count]
-            first += count
-            prompts.append(Prompt(tuple(ids), (False,) * len(ids), tiles))
-        if pixels is not None and first != pixels.shape[0]:
-            raise InputError(f"the prompts have places for {first} pictures, got {pixels.shape[0]}")
+        rows = [ids_S[keep_S].tolist() for ids_S, keep_S in zip(input_ids, keep, strict=True)]
+        if pictures is None:
+            return [Prompt(tuple(ids), (False,) * len(ids), torch.empty(0, 3, 1, 1)) for ids in rows], input_ids
+        shares = pictures.split(_num_pictures([ids.count(image_id) for ids in rows], counts))
+        prompts = [Prompt(tuple(ids), (False,) * len(ids), own.tiles_N3SS, own.grids) for ids, own in zip(rows, shares, strict=True)]
         return prompts, input_ids
+
+
+def _num_pictures(places: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Say how many of the pictures fill each row's places, in order. Raises: InputError when they do not fit."""
+    pending, shares = list(counts), []
+    for row, wanted in enumerate(places):
+        share, filled = 0, 0
+        while filled < wanted and pending:
+            filled, share = filled + pending.pop(0), share + 1
+        if filled != wanted:
+            raise InputError(f"row {row} has {wanted} image positions, its {share} pictures give {filled}; build it with the processor")
+        shares.append(share)
+    return shares
 
 
 def _sampling(max_new_tokens: int, drawn: tuple[float, int, float] | None, seed: int | None) -> SamplingParams:

@@ -1,20 +1,24 @@
 """Putting picture features into batches of ids, as original LLaVA and transformers do.
 
 Owns: splice. A placeholder (-200, or image_token_index on its own) becomes all features of the next picture; a run of
-image_token_index that is as long as one or several pictures' features is already expanded and keeps its place.
-Legend: B rows  S positions  D model width  N pictures  P features per picture
+image_token_index that is as long as the features of the next picture or pictures is already expanded and keeps its place.
+Legend: B rows  S positions
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llavakit.errors import InputError
 from llavakit.model.llava import IMAGE_PLACEHOLDER
 from llavakit.ops.loss import IGNORE
+from llavakit.pretrained.inputs import check_id_shape
 
 __all__ = ["Spliced", "splice"]
 
@@ -28,16 +32,25 @@ class Spliced:
     labels: Tensor | None
 
 
-def splice(ids_BS: Tensor, attention_mask: Tensor | None, labels: Tensor | None, *, image_id: int, tokens_per_image: int) -> Spliced:
-    """Expand placeholders to tokens_per_image ids, fill shorter rows up on the right, and mask what was added.
+def splice(ids_BS: Tensor, attention_mask: Tensor | None, labels: Tensor | None, *, image_id: int, counts: Sequence[int]) -> Spliced:
+    """Expand the i-th placeholder to counts[i] ids, fill shorter rows up on the right, and mask what was added.
 
     Whether the ids fit the pictures is checked where the features are put in their place (LlavaCore.embed).
+    Raises: InputError when ids are no integer rows, or mask or labels are not as wide as ids that must be expanded.
     """
-    is_placeholder_BS = (ids_BS == IMAGE_PLACEHOLDER) | _is_unexpanded(ids_BS == image_id, tokens_per_image)
+    check_id_shape(ids_BS)
+    pending = deque(counts)
+    repeats = torch.tensor([_repeats(ids_S, image_id, pending) for ids_S in ids_BS.tolist()], device=ids_BS.device)
+    is_placeholder_BS = repeats > 0
     ids_BS = ids_BS.masked_fill(is_placeholder_BS, image_id)
-    repeats = torch.where(is_placeholder_BS, tokens_per_image, 1)
+    repeats = repeats.clamp(min=1)
     if bool((repeats == 1).all()):
         return Spliced(ids_BS, attention_mask, labels)
+    for name, values in (("attention_mask", attention_mask), ("labels", labels)):
+        if values is not None and values.shape != ids_BS.shape:
+            raise InputError(
+                f"{name} must be {list(ids_BS.shape)} like the ids, whose image ids are still to be expanded, got {list(values.shape)}"
+            )
     mask_BS = torch.ones_like(ids_BS) if attention_mask is None else attention_mask
     width = int(repeats.sum(1).max())
     labels_BS = None if labels is None else labels.masked_fill(is_placeholder_BS, IGNORE)
@@ -48,16 +61,31 @@ def splice(ids_BS: Tensor, attention_mask: Tensor | None, labels: Tensor | None,
     )
 
 
-def _is_unexpanded(is_image_BS: Tensor, tokens_per_image: int) -> Tensor:
-    """Mark the image ids in runs whose length is no multiple of tokens_per_image."""
-    is_unexpanded_BS = torch.zeros_like(is_image_BS)
-    for row, is_image_S in enumerate(is_image_BS.tolist()):
-        start = 0
-        for is_image, group in itertools.groupby(is_image_S):
-            stop = start + len(list(group))
-            is_unexpanded_BS[row, start:stop] = is_image and (stop - start) % tokens_per_image != 0
-            start = stop
-    return is_unexpanded_BS
+def _repeats(ids_S: Sequence[int], image_id: int, pending: deque[int]) -> list[int]:
+    """Say of each id how many positions its picture takes: 0 for text and for runs that are expanded already.
+
+    pending holds the counts of the pictures that are still to come; those of this row are taken from it.
+    """
+    repeats: list[int] = []
+    for index, group in itertools.groupby(ids_S):
+        length = len(list(group))
+        if index == image_id and (covered := _num_covered(pending, length)):
+            repeats += [0] * length
+            for _ in range(covered):
+                pending.popleft()
+        elif index in (image_id, IMAGE_PLACEHOLDER):
+            repeats += [pending.popleft() if pending else 1 for _ in range(length)]
+        else:
+            repeats += [0] * length
+    return repeats
+
+
+def _num_covered(pending: Iterable[int], length: int) -> int:
+    """Return how many of the next pictures take exactly this many positions together, 0 where none do."""
+    for number, total in enumerate(itertools.accumulate(pending), 1):
+        if total >= length:
+            return number if total == length else 0
+    return 0
 
 
 def _widen(values_BS: Tensor, repeats_BS: Tensor, width: int, fill: int) -> Tensor:

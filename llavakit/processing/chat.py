@@ -23,7 +23,8 @@ from llavakit.types import Conversation, ImagePart, Message
 
 __all__ = ["TEMPLATES", "ChatTemplate", "Turns", "cut_markup", "find_template"]
 
-_MARKERS = re.compile(r"(<s>|</s>|<\|\w+\|>)")
+_NAMED = re.compile(r"<\|\w+\|>")
+_MARKERS = re.compile(rf"(<s>|</s>|{_NAMED.pattern})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +89,8 @@ class ChatTemplate:
 
     def markers(self, tokenizer: ChatTokenizer, image_id: int) -> MarkerIds:
         """Look up the ids of this template's markers. Raises: CheckpointError naming a token that the tokenizer lacks."""
-        markup = "".join((*self.form.markup, *self.end_tokens) if isinstance(self.form, Turns) else self.end_tokens)
-        names = [name for name in dict.fromkeys(_MARKERS.findall(markup)) if name not in ("<s>", "</s>")]
+        markup = "".join(self.form.markup) if isinstance(self.form, Turns) else ""
+        names = dict.fromkeys((*_NAMED.findall(markup), *self.end_tokens))
         tokens = {name: find_marker(tokenizer, name, self.name) for name in names}
         return MarkerIds(image_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokens, self.has_bos)
 

@@ -26,7 +26,8 @@ from llavakit.processing.image import DEFAULT_LIMITS, ImageLimits, ImageProcesso
 from llavakit.processing.jinja import jinja_text
 from llavakit.processing.segments import EncodedChat, MarkerIds, Segment, encode_segments
 from llavakit.processing.template_choice import TEMPLATE_KEY, template_of_checkpoint
-from llavakit.processing.tokenizer.slow import LlamaTokenizer
+from llavakit.processing.tokenizer.load import load_tokenizer
+from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.documents import json_bytes, read_optional_json
 from llavakit.types import Conversation
 
@@ -50,24 +51,46 @@ class Prompt:
     digests: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What a caller wants of a conversation."""
+
+    conversation: Conversation
+    add_generation_prompt: bool
+    supervise: bool
+    max_len: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """The ids of a conversation, made for these pictures."""
+
+    chat: EncodedChat
+    grids: tuple[ImageGrid, ...]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LlavaProcessor:
     """Tokenizer, image processor and chat template of one checkpoint."""
 
-    tokenizer: LlamaTokenizer
+    tokenizer: Tokenizer
     image_processor: ImageProcessor
     template: ChatTemplate
     image_token_id: int
     patch_size: int
     keep_cls: bool = False
     """Whether the tower's class token takes a place in the prompt too (strategy "full")."""
+    has_cls: bool = True
+    """Whether the tower has a class token at all (CLIP has, SigLIP has not)."""
     limits: ImageLimits = DEFAULT_LIMITS
+    is_faithful: bool = False
+    """Decode pictures as original LLaVA does (no rotation, transparency dropped), as evaluation wants it."""
     _memo: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
-    def grid(self) -> ImageGrid:
-        """The image tokens of one picture."""
-        return patch_grid(self.image_processor.crop_px, self.patch_size, has_cls=self.keep_cls)
+    def tile_grid(self) -> ImageGrid:
+        """The image tokens of one tile."""
+        return patch_grid(self.image_processor.crop_px, self.patch_size, has_cls=self.has_cls and self.keep_cls)
 
     @functools.cached_property
     def markers(self) -> MarkerIds:
@@ -88,13 +111,19 @@ class LlavaProcessor:
         With supervise the conversation is a training sample, in which something must be left to learn.
         Raises: ImageError; PromptError, also when the prompt exceeds max_len tokens (nothing is ever cut).
         """
-        encoded = self._encode(conversation, add_generation_prompt=add_generation_prompt, supervise=supervise, max_len=max_len)
-        num_pixels = sum(width * height for width, height in (image_size(part.data, self.limits) for part in conversation.images))
-        if num_pixels > self.limits.max_total_pixels:
-            most = self.limits.max_total_pixels
+        ask, parts = _Ask(conversation, add_generation_prompt, supervise, max_len), conversation.images
+        if self.image_processor.aspect != "anyres":
+            encoded = self._encode(ask, (self.tile_grid,) * len(parts))
+        sizes = [image_size(part.data, self.limits, faithful=self.is_faithful) for part in parts]
+        if (num_pixels := sum(width * height for width, height in sizes)) > (most := self.limits.max_total_pixels):
             raise ImageError(f"the pictures have {num_pixels} pixels together, at most {most} are allowed; scale them down")
-        seen = [self._see(decode_image(part.data, self.limits)) for part in conversation.images]
-        return self._assemble(encoded, seen)
+        if self.image_processor.aspect == "anyres":
+            encoded = self._encode(ask, self._grids(sizes))
+        images = [decode_image(part.data, self.limits, faithful=self.is_faithful) for part in parts]
+        # A header may not tell of a rotation that stands behind the pixels.
+        if self.image_processor.aspect == "anyres" and (actual := [image.size for image in images]) != sizes:
+            encoded = self._encode(ask, self._grids(actual))
+        return self._assemble(encoded, images)
 
     def prompt_of_images(
         self,
@@ -111,14 +140,15 @@ class LlavaProcessor:
         """
         if len(images) != len(conversation.images):
             raise PromptError(f"the conversation has places for {len(conversation.images)} pictures, got {len(images)}")
-        encoded = self._encode(conversation, add_generation_prompt=add_generation_prompt, supervise=supervise, max_len=max_len)
-        return self._assemble(encoded, [self._see(image) for image in images])
+        ask = _Ask(conversation, add_generation_prompt, supervise, max_len)
+        return self._assemble(self._encode(ask, self._grids([image.size for image in images])), images)
 
-    def encode_chat(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> tuple[list[Segment], EncodedChat]:
-        """Build a conversation's segments and their ids; pictures are counted, never opened. Raises: PromptError."""
+    def encode_chat(
+        self, conversation: Conversation, grids: Sequence[ImageGrid], *, add_generation_prompt: bool = True
+    ) -> tuple[list[Segment], EncodedChat]:
+        """Build a conversation's segments and their ids, its pictures as grids; none is opened. Raises: PromptError."""
         segments = self.template.segments(conversation, add_generation_prompt=add_generation_prompt)
-        slots = (num_image_tokens(self.grid),) * len(conversation.images)
-        return segments, encode_segments(segments, self._encode_text, self.markers, slots)
+        return segments, encode_segments(segments, self._encode_text, self.markers, map(num_image_tokens, grids))
 
     def __call__(
         self,
@@ -130,7 +160,8 @@ class LlavaProcessor:
     ) -> dict[str, Tensor]:
         """Encode texts in which the caller wrote the template and <image> himself, as transformers' LlavaProcessor does.
 
-        Returns input_ids and attention_mask [B, T] and, with pictures, pixel_values [N, 3, S, S] in the order of the marks.
+        Returns input_ids and attention_mask [B, T] and, with pictures, pixel_values in the order of the marks: [N, 3, S, S], or with
+        anyres [N, most tiles, 3, S, S], filled up with zeros, and image_sizes [N, 2] as (height, width).
         Special tokens in the text mean themselves: give it your own text, and a user's words to prompt().
         Raises: ImageError; PromptError when marks and pictures differ in number; InputError when rows need padding.
         """
@@ -142,22 +173,34 @@ class LlavaProcessor:
         if (num_marks := sum(item.count(mark) for item in texts)) != len(listed):
             raise PromptError(f"the text has {num_marks} {mark} marks and there are {len(listed)} pictures; each picture needs one mark")
         pictures = [decode_image(item, self.limits) if isinstance(item, bytes) else item for item in listed]
-        values = {"pixel_values": torch.stack([self.image_processor.apply(picture) for picture in pictures])} if pictures else {}
-        expanded = [item.replace(mark, mark * num_image_tokens(self.grid)) for item in texts]
-        return {**self.tokenizer(expanded, padding=padding, return_tensors="pt"), **values}
+        counts = iter([num_image_tokens(grid) for grid in self._grids([picture.size for picture in pictures])])
+        expanded = ["".join(mark * next(counts) if part == mark else part for part in _split_marks(item, mark)) for item in texts]
+        return {**self.tokenizer(expanded, padding=padding, return_tensors="pt"), **self._pixel_values(pictures)}
 
-    def _encode(self, conversation: Conversation, *, add_generation_prompt: bool, supervise: bool, max_len: int | None) -> EncodedChat:
-        num_images, num_slots = len(conversation.images), num_image_tokens(self.grid)
-        encoded = self.encode_chat(conversation, add_generation_prompt=add_generation_prompt)[1]
-        assert encoded.ids.count(self.image_token_id) == num_images * num_slots, "text must never encode to the image token"
-        if max_len is not None and len(encoded.ids) > max_len:
+    def _pixel_values(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+        if not pictures:
+            return {}
+        tiles = [self.image_processor.apply(picture) for picture in pictures]
+        if self.image_processor.aspect != "anyres":
+            return {"pixel_values": torch.cat(tiles)}
+        sizes = torch.tensor([(picture.height, picture.width) for picture in pictures])
+        return {"pixel_values": torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True), "image_sizes": sizes}
+
+    def _grids(self, sizes: Sequence[tuple[int, int]]) -> list[ImageGrid]:
+        return [self.image_processor.grid(size, self.tile_grid) for size in sizes]
+
+    def _encode(self, ask: _Ask, grids: Sequence[ImageGrid]) -> _Encoded:
+        slots = tuple(map(num_image_tokens, grids))
+        encoded = self.encode_chat(ask.conversation, grids, add_generation_prompt=ask.add_generation_prompt)[1]
+        assert encoded.ids.count(self.image_token_id) == sum(slots), "text must never encode to the image token"
+        if ask.max_len is not None and len(encoded.ids) > ask.max_len:
             raise PromptError(
-                f"the prompt has {len(encoded.ids)} tokens ({num_images} pictures of {num_slots}), "
-                f"at most {max_len} fit; shorten the conversation"
+                f"the prompt has {len(encoded.ids)} tokens ({len(slots)} pictures of {', '.join(map(str, sorted(set(slots)))) or 0}), "
+                f"at most {ask.max_len} fit; shorten the conversation"
             )
-        if supervise and not any(encoded.loss_mask):
+        if ask.supervise and not any(encoded.loss_mask):
             raise PromptError("the conversation has no answer to learn from; add the assistant's message")
-        return encoded
+        return _Encoded(encoded, tuple(grids))
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
         # Templates repeat a few constant stretches, the system line above all.
@@ -169,13 +212,10 @@ class LlavaProcessor:
             self._memo[text] = ids
         return ids
 
-    def _see(self, image: Image.Image) -> tuple[Tensor, str]:
-        return self.image_processor.apply(image), image_digest(image)
-
-    def _assemble(self, encoded: EncodedChat, seen: Sequence[tuple[Tensor, str]]) -> Prompt:
+    def _assemble(self, encoded: _Encoded, images: Sequence[Image.Image]) -> Prompt:
         side = self.image_processor.crop_px
-        tiles_N3SS = torch.stack([tile for tile, _ in seen]) if seen else torch.empty(0, 3, side, side)
-        return Prompt(encoded.ids, encoded.loss_mask, tiles_N3SS, (self.grid,) * len(seen), tuple(digest for _, digest in seen))
+        tiles_N3SS = torch.cat([self.image_processor.apply(image) for image in images]) if images else torch.empty(0, 3, side, side)
+        return Prompt(encoded.chat.ids, encoded.chat.loss_mask, tiles_N3SS, encoded.grids, tuple(map(image_digest, images)))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, template: ChatTemplate | None = None) -> Self:
@@ -188,9 +228,10 @@ class LlavaProcessor:
         image = processor["image_processor"] if "image_processor" in processor else read_optional_json(folder / "preprocessor_config.json")
         if not image:
             raise CheckpointError(f"{folder} has neither preprocessor_config.json nor an image_processor in processor_config.json")
-        tokenizer = LlamaTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         mark = _first(str, "<image>", (processor, "image_token"))
-        image_token_id = _first(int, tokenizer.convert_tokens_to_ids(mark), (config, "image_token_index"), (config, "image_token_id"))
+        known = tokenizer.find_token(mark)
+        image_token_id = _first(int, -1 if known is None else known, (config, "image_token_index"), (config, "image_token_id"))
         if image_token_id not in tokenizer.added_tokens.values():
             raise CheckpointError(f"{folder}: image token {image_token_id} is not one of the tokenizer's added tokens; add it as {mark}")
         strategy = _first(str, "default", *((table, "vision_feature_select_strategy") for table in (config, processor)))
@@ -201,14 +242,15 @@ class LlavaProcessor:
             image_token_id=image_token_id,
             patch_size=_first(int, 14, (processor, "patch_size"), (config.get("vision_config", {}), "patch_size")),
             keep_cls=strategy == "full",
+            has_cls=_first(str, "clip_vision_model", (config.get("vision_config", {}), "model_type")) == "clip_vision_model",
         )
 
     def files(self) -> dict[str, bytes]:
         """Build every file of the processor by name, complete for us and for transformers 4.46+ and 5.x."""
         values = {
-            "processor_class": "LlavaProcessor",
+            "processor_class": "LlavaNextProcessor" if self.image_processor.aspect == "anyres" else "LlavaProcessor",
             "image_token": self.tokenizer.convert_ids_to_tokens(self.image_token_id),
-            "num_additional_image_tokens": 1,
+            "num_additional_image_tokens": int(self.has_cls),
             "patch_size": self.patch_size,
             "vision_feature_select_strategy": "full" if self.keep_cls else "default",
             TEMPLATE_KEY: self.template.name,
@@ -227,6 +269,12 @@ class LlavaProcessor:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self.files().items():
             (folder / name).write_bytes(data)
+
+
+def _split_marks(text: str, mark: str) -> list[str]:
+    """Cut a text around every mark; the marks are parts of their own."""
+    parts = text.split(mark)
+    return [part for text_part in parts[:-1] for part in (text_part, mark)] + parts[-1:]
 
 
 def _chat_files(template: ChatTemplate) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from llavakit.errors import CheckpointError
+from llavakit.errors import CheckpointError, PromptError
 
 __all__ = ["ChatTokenizer", "EncodedChat", "MarkerIds", "Segment", "encode_segments", "find_marker", "segments_text"]
 
@@ -43,11 +43,8 @@ class ChatTokenizer(Protocol):
     def encode_text(self, text: str) -> list[int]:
         """Encode plain text, in which no token is special."""
 
-    def convert_tokens_to_ids(self, token: str, /) -> int:
-        """Look up a token; an unknown one gives another token's id."""
-
-    def convert_ids_to_tokens(self, index: int, /) -> str:
-        """Look up the token of an id."""
+    def find_token(self, token: str) -> int | None:
+        """Look up a token's id; None where there is no such token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,7 @@ class MarkerIds:
     """Whether a prompt begins with bos, where the tokenizer has one."""
 
     def find(self, segment: Segment) -> int:
-        """Return the id of a marker. Raises: CheckpointError when the tokenizer has no bos or eos."""
+        """Return the id of a marker. Raises: PromptError when the tokenizer has no bos or eos."""
         match segment.kind:
             case "image":
                 return self.image
@@ -72,7 +69,7 @@ class MarkerIds:
             case kind:
                 index = self.bos if kind == "bos" else self.eos
                 if index is None:
-                    raise CheckpointError(f"the template needs a {kind} token and the tokenizer names none; set {kind}_token in its config")
+                    raise PromptError(f"the template needs a {kind} token, and the tokenizer has no {kind} token; name one in its config")
                 return index
 
 
@@ -88,8 +85,8 @@ class EncodedChat:
 
 def find_marker(tokenizer: ChatTokenizer, token: str, template: str) -> int:
     """Look up a special token that a template needs. Raises: CheckpointError naming it where the tokenizer lacks it."""
-    index = tokenizer.convert_tokens_to_ids(token)
-    if tokenizer.convert_ids_to_tokens(index) != token:
+    index = tokenizer.find_token(token)
+    if index is None:
         raise CheckpointError(f"template {template!r} needs the token {token!r}, which the tokenizer lacks; choose a template that fits it")
     return index
 

@@ -8,60 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llavakit.processing.tokenizer.slow import LlamaTokenizer
+from llavakit.processing.tokenizer.text_bytes import ByteText
+from llavakit.processing.tokenizer.vocabulary import Tokenizer
 
 __all__ = ["Detokenizer", "StopMatcher"]
-
-_REPLACEMENT = "\ufffd"
-_SPACE = "▁"
 
 
 class Detokenizer:
     """Decode a growing answer, one id at a time; special tokens are not text."""
 
-    def __init__(self, tokenizer: LlamaTokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._specials = tokenizer.special_ids
-        self._bytes = b""  # the beginning of a character, from byte pieces
+        self._text = ByteText(replaces_each_byte=tokenizer.replaces_each_byte)
         self._is_first = True  # the first piece with text loses the dummy space
 
     def push(self, index: int) -> str:
         """Take one id and return the text that became certain."""
-        if index in self._specials or not 0 <= index < self._tokenizer.vocab_size:
+        data = self._tokenizer.text_bytes(index, is_first=self._is_first)
+        if data is None:
             return ""
-        byte = self._tokenizer.byte_value(index)
-        if byte is not None:
-            self._is_first = False
-            self._bytes += bytes((byte,))
-            return self._take_characters()
-        return self.flush() + self._piece_text(self._tokenizer.convert_ids_to_tokens(index))
+        self._is_first = False
+        return self._text.push(data)
 
     def flush(self) -> str:
-        """Return what was held back: each byte of an unfinished character is a replacement character."""
-        held, self._bytes = self._bytes, b""
-        return _REPLACEMENT * len(held)
-
-    def _piece_text(self, piece: str) -> str:
-        if self._is_first:
-            self._is_first = False
-            piece = piece.removeprefix(_SPACE)
-        return piece.replace(_SPACE, " ")
-
-    def _take_characters(self) -> str:
-        """Decode the held bytes as sentencepiece does, one replacement character per bad byte; keep an unfinished character."""
-        text = ""
-        while self._bytes:
-            try:
-                text += self._bytes.decode()
-                self._bytes = b""
-            except UnicodeDecodeError as error:
-                text += self._bytes[: error.start].decode()
-                self._bytes = self._bytes[error.start :]
-                if error.end == error.start + len(self._bytes) and error.reason == "unexpected end of data":
-                    return text
-                text += _REPLACEMENT
-                self._bytes = self._bytes[1:]
-        return text
+        """Return what was held back: replacement characters for an unfinished character."""
+        return self._text.flush()
 
 
 class StopMatcher:

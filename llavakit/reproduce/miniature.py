@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from llavakit.checkpoint.hf import save_checkpoint
 from llavakit.config import run_config_to_dict
-from llavakit.model.config import ClipVisionConfig, LlamaConfig, LlavaConfig
+from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import init_weights
+from llavakit.model.vision_config import ClipVisionConfig
 from llavakit.ops.precision import faster_dtype
 from llavakit.processing.chat import TEMPLATES
 from llavakit.processing.image import ImageProcessor

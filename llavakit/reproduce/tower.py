@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from llavakit.geometry import pad_offset
-from llavakit.model.config import ClipVisionConfig
 from llavakit.model.linear import LayerNorm, Linear
 from llavakit.model.llava import LossTerms
-from llavakit.model.vision import ClipVisionTower
+from llavakit.model.vision import VisionTower
+from llavakit.model.vision_config import VisionConfig
 from llavakit.processing.image import ImageProcessor
 from llavakit.reproduce.pictures import draw_picture
 from llavakit.world.scenes import COLORS, DIGITS, LETTERS, SHAPES, Scene
@@ -120,9 +120,9 @@ def _patch_at(x: float, y: float, patches_per_side: int) -> int:
 class TowerTrainer(nn.Module):
     """A tower with one linear head on each of its two last layers."""
 
-    def __init__(self, config: ClipVisionConfig) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.vision_tower = ClipVisionTower(config)
+        self.vision_tower = VisionTower(config)
         self.num_layers = config.num_hidden_layers
         num_outputs = sum(_HEAD_WIDTHS)
         self.heads = nn.ModuleList(_Head(config.hidden_size, num_outputs, config.layer_norm_eps) for _ in range(2))

@@ -1,8 +1,10 @@
 """Tensors in safetensors files, read by offset and written one by one.
 
-Owns: the safetensors header (parsed here, with limits), TensorFile, TensorFolder, write_tensors.
-Refuses: pickle. Invariants: no file is mapped, so memory holds only the tensors that were asked for; nothing outside
-the folder is opened; a header that lies about shapes, dtypes or offsets is a CheckpointError before any data is read.
+Owns: the safetensors header (parsed here, with limits), TensorFile, write_tensors, and TensorFolder, which checks a folder's
+shards against their index for any WeightFormat (pickle_tensors has another one).
+Refuses: pickle where it was not asked for. Invariants: no safetensors file is mapped, so memory holds only the tensors that were
+asked for; nothing outside the folder is opened; a header that lies about shapes, dtypes or offsets is a CheckpointError before any
+data is read.
 Source: https://huggingface.co/docs/safetensors, whose reader accepts duplicate keys; this one does not.
 """
 
@@ -13,19 +15,20 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from llavakit.errors import CheckpointError
 from llavakit.storage.documents import parse_json, read_json, write_json
+from llavakit.storage.hub import check_inside
 
-__all__ = ["INDEX_NAME", "TensorFile", "TensorFolder", "TensorSpec", "write_tensors"]
+__all__ = ["INDEX_NAME", "SAFETENSORS", "OpenTensors", "TensorFile", "TensorFolder", "TensorSpec", "WeightFormat", "write_tensors"]
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
@@ -38,12 +41,11 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_SAFE_FILE = re.compile(r"[\w.-]+\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Where a tensor lies in its file, and what it is; start and stop count from the beginning of the file."""
+    """What a tensor is, and where it lies: from start to stop, in bytes from the beginning of its file (or of memory)."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -81,22 +83,53 @@ class TensorFile:
         os.close(self._descriptor)
 
 
+class OpenTensors(Protocol):
+    """A file of named tensors that is open for reading."""
+
+    path: Path
+    specs: Mapping[str, TensorSpec]
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor in its stored dtype into memory of its own."""
+
+    def close(self) -> None:
+        """Close the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """How a kind of weight files is named and opened."""
+
+    single_name: str
+    index_name: str
+    suffix: str
+    open: Callable[[Path], OpenTensors]
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder has the one file, or an index, of this format."""
+        return (folder / self.single_name).is_file() or (folder / self.index_name).is_file()
+
+
+SAFETENSORS = WeightFormat(_SINGLE_NAME, INDEX_NAME, ".safetensors", TensorFile)
+
+
 class TensorFolder:
     """All tensors of a checkpoint folder: one file, or shards with an index that must agree with them exactly.
 
     Use it as a context manager. Where a folder has both, the one file counts, as in transformers.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.files: dict[str, TensorFile] = {}
-        self._owner: dict[str, TensorFile] = {}
+    def __init__(self, folder: Path, format: WeightFormat = SAFETENSORS) -> None:
+        self.files: dict[str, OpenTensors] = {}
+        self._owner: dict[str, OpenTensors] = {}
+        self._format = format
         try:
-            if (folder / _SINGLE_NAME).is_file():
-                self._open(folder, _SINGLE_NAME)
-            elif (folder / INDEX_NAME).is_file():
-                self._open_shards(folder, _read_index(folder / INDEX_NAME))
+            if (folder / format.single_name).is_file():
+                self._open(folder, format.single_name)
+            elif (folder / format.index_name).is_file():
+                self._open_shards(folder, _read_index(folder / format.index_name))
             else:
-                raise CheckpointError(f"{folder} has neither {_SINGLE_NAME} nor {INDEX_NAME}; pickle files (.bin) are not read")
+                raise CheckpointError(_without_weights(folder, format))
         except CheckpointError:
             self.close()
             raise
@@ -127,10 +160,8 @@ class TensorFolder:
         self.close()
 
     def _open(self, folder: Path, name: str) -> None:
-        path = folder / name
-        if path.resolve().parent != folder.resolve() and not _is_hub_blob(path, folder):
-            raise CheckpointError(f"{name} leads outside {folder}; links may only point into the same hub repository")
-        file = self.files[name] = TensorFile(path)
+        check_inside(folder / name, folder)
+        file = self.files[name] = self._format.open(folder / name)
         for tensor in file.specs:
             if tensor in self._owner:
                 raise CheckpointError(
@@ -140,8 +171,9 @@ class TensorFolder:
 
     def _open_shards(self, folder: Path, weight_map: Mapping[str, str]) -> None:
         for name in sorted(set(weight_map.values())):
-            if _SAFE_FILE.fullmatch(name) is None:
-                raise CheckpointError(f"{INDEX_NAME} names the file {name!r}; a plain file name ending in .safetensors was expected")
+            if re.fullmatch(r"[\w.-]+", name) is None or not name.endswith(self._format.suffix):
+                index, suffix = self._format.index_name, self._format.suffix
+                raise CheckpointError(f"{index} names the file {name!r}; a plain file name ending in {suffix} was expected")
             self._open(folder, name)
         problems = [f"{tensor} is listed but in no shard" for tensor in weight_map if tensor not in self._owner]
         problems += [f"{tensor} is in {file.path.name} but not listed" for tensor, file in self._owner.items() if tensor not in weight_map]
@@ -152,7 +184,7 @@ class TensorFolder:
         ]
         if problems:
             more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-            raise CheckpointError(f"{INDEX_NAME} and the shards disagree: {'; '.join(problems[:_MAX_LISTED])}{more}")
+            raise CheckpointError(f"{self._format.index_name} and the shards disagree: {'; '.join(problems[:_MAX_LISTED])}{more}")
 
 
 def write_tensors(
@@ -284,7 +316,11 @@ def _parse_json(data: bytes | bytearray, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"the header of {path} is not UTF-8") from error
 
 
-def _is_hub_blob(path: Path, folder: Path) -> bool:
-    """Whether a link of a hub snapshot (snapshots/REVISION/file) points into the blobs of its own repository."""
-    repository = folder.resolve().parent.parent
-    return folder.resolve().parent.name == "snapshots" and path.resolve().parent == repository / "blobs"
+def _without_weights(folder: Path, format: WeightFormat) -> str:
+    what = f"{folder} has neither {format.single_name} nor {format.index_name}"
+    if format is SAFETENSORS and any(folder.glob("*.bin")):
+        return (
+            f"{what}, only pickle weights (.bin): these can run code when they are opened carelessly; use a version with safetensors, "
+            "or, where you trust their origin, set allow_pickle, which reads tensors and refuses all else"
+        )
+    return what

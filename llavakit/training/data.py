@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llavakit.errors import DataError, LlavaError
+from llavakit.geometry import ImageGrid
 from llavakit.processing.processor import Prompt
 
 __all__ = ["BatchSource", "Sample", "SampleSource", "batch_digest", "draw_sample", "sample_of_prompt"]
@@ -24,11 +25,12 @@ __all__ = ["BatchSource", "Sample", "SampleSource", "batch_digest", "draw_sample
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sequence to train on: ids, which of them are to be produced, and its tiles [N, 3, S, S]."""
+    """One sequence to train on: ids, which of them are to be produced, and its tiles [N, 3, S, S] with the grids of their pictures."""
 
     ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
     tiles_N3SS: Tensor
+    grids: tuple[ImageGrid, ...]
 
 
 class SampleSource(Protocol):
@@ -49,7 +51,7 @@ class BatchSource(Protocol):
 
 def sample_of_prompt(prompt: Prompt) -> Sample:
     """Keep of a prompt what training needs."""
-    return Sample(prompt.ids, prompt.loss_mask, prompt.tiles_N3SS)
+    return Sample(prompt.ids, prompt.loss_mask, prompt.tiles_N3SS, prompt.grids)
 
 
 def draw_sample(source: SampleSource, index: int) -> Sample:

@@ -53,12 +53,14 @@ def pack(samples: Sequence[Sample], *, multiple_of: int = 1) -> PackedBatch:
         positions += range(filler)
         bounds.append(len(ids))
     tiles = [sample.tiles_N3SS for sample in samples if sample.tiles_N3SS.shape[0]]
+    grids = tuple(grid for sample in samples for grid in sample.grids)
     return PackedBatch(
         torch.tensor(ids),
         torch.tensor(labels),
         torch.tensor(positions),
         torch.tensor(bounds, dtype=torch.int32),
         torch.cat(tiles) if tiles else None,
+        grids if tiles else None,
     )
 
 

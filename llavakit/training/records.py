@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.errors import DataError, PromptError
+from llavakit.geometry import ImageGrid
+from llavakit.processing.image import image_size
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.training.data import Sample, sample_of_prompt
 from llavakit.types import Conversation, ImagePart, Message, TextPart
@@ -53,12 +55,18 @@ class RecordSource:
         return sample_of_prompt(self._processor.prompt(_conversation(record, pictures), add_generation_prompt=False))
 
     def lengths(self) -> list[int]:
-        """Count the tokens of all samples without opening a picture."""
+        """Count the tokens of all samples without decoding a picture."""
         return [self._length(record) for record in self._records]
 
     def _length(self, record: Mapping[str, Any]) -> int:
-        conversation = _conversation(record, [_NO_BYTES] * len(_picture_names(record)))
-        return len(self._processor.encode_chat(conversation, add_generation_prompt=False)[1].ids)
+        names = _picture_names(record)
+        conversation, grids = _conversation(record, [_NO_BYTES] * len(names)), [self._grid(name) for name in names]
+        return len(self._processor.encode_chat(conversation, grids, add_generation_prompt=False)[1].ids)
+
+    def _grid(self, name: str) -> ImageGrid:
+        """Return the image tokens of a picture; only where they depend on its size is its header read."""
+        images, tile = self._processor.image_processor, self._processor.tile_grid
+        return tile if images.aspect != "anyres" else images.grid(image_size(self._read_picture(name), self._processor.limits), tile)
 
     def _read_picture(self, name: str) -> bytes:
         path = (self._pictures / name).resolve()

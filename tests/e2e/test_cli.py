@@ -16,7 +16,10 @@ import pytest
 from llavakit.cli.main import run
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
+from tests.fake_hub import FakeHub, fake_hub, folder_files
 from tests.tiny import save_llava
+
+__all__ = ["fake_hub"]
 
 RUN = "import sys; from llavakit.cli.main import main; sys.argv[0] = 'llava'; main()"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -105,6 +108,19 @@ def test_inspect_reads_headers_alone(llava: Callable[..., Done], model: str) -> 
     assert values["kind"] == "llava (llava-hf layout)"
     assert values["parameters"] == sum(values["parts"].values())
     assert values["template"] == "v1 (with system line)"
+
+
+def test_a_revision_of_a_hub_id_is_fetched_and_shown(llava: Callable[..., Done], model: str, image: str, hub: FakeHub) -> None:
+    hub.add("owner/name", {})
+    hub.add("owner/name", folder_files(Path(model)), revision="v2")
+    done = llava("ask", image, "what?", "--model", "owner/name", "--revision", "v2", "--max-tokens", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == llava("ask", image, "what?", "--model", model, "--max-tokens", "3").stdout
+    assert json.loads(llava("inspect", "owner/name", "--revision", "v2", "--json").stdout)["tensors"] > 0
+    done = llava("ask", image, "what?", "--model", "owner/name", "--revision", "v3")
+    assert (done.returncode, "has no revision v3" in done.stderr) == (3, True)
+    done = llava("ask", image, "what?", "--revision", "v2")
+    assert (done.returncode, "leave the revision out" in done.stderr) == (3, True)
 
 
 def test_doctor_says_what_will_run(llava: Callable[..., Done]) -> None:

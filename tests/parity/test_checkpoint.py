@@ -56,7 +56,7 @@ def test_llava_there_and_back(tmp_path: Path, variant: Variant, max_shard_size: 
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=max_shard_size)
     ours = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "theirs")
     assert (logits(ours, llava_input()) - logits(theirs, llava_input())).abs().max() < 1e-4
-    ours.save_pretrained(tmp_path / "ours", max_shard_bytes=40_000)
+    ours.save_pretrained(tmp_path / "ours", max_shard_size=40_000)
     back = hf_load(HfLlavaForCausalLM, tmp_path / "ours")
     assert torch.equal(logits(back, llava_input()), logits(theirs, llava_input()))
 

@@ -10,7 +10,10 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from llavakit.geometry import num_tiles, patch_grid
 from llavakit.processing.image import ImageProcessor
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.types import Conversation, ImagePart, Message, TextPart
@@ -29,7 +32,9 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 def oracle_pixels(oracle: Any, image: Image.Image) -> torch.Tensor:
-    return torch.as_tensor(oracle(images=image, return_tensors="pt")["pixel_values"][0])
+    """Return the tiles [N, 3, S, S] of one picture."""
+    pixels = torch.as_tensor(oracle(images=image, return_tensors="pt")["pixel_values"])
+    return pixels if pixels.dim() == 4 else pixels[0]
 
 
 @pytest.mark.parametrize(("size_px", "crop_px"), [(48, 48), (48, 40), (40, 48)])
@@ -43,6 +48,31 @@ def test_pixels_equal_clips_processor(size: tuple[int, int], size_px: int, crop_
 def test_padded_pixels_equal_llavas_processor(size: tuple[int, int]) -> None:
     oracle = LlavaImageProcessorPil(size={"shortest_edge": 48}, crop_size=48, do_pad=True)
     assert torch.equal(ImageProcessor(size_px=48, crop_px=48, aspect="pad").apply(noise(*size)), oracle_pixels(oracle, noise(*size)))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_stretched_pixels_equal_siglips_processor(size: tuple[int, int]) -> None:
+    oracle = SiglipImageProcessorPil(size={"height": 42, "width": 42}, resample=3)
+    ours = ImageProcessor.from_dict({"image_processor_type": "SiglipImageProcessor", "size": {"height": 42, "width": 42}})
+    assert torch.equal(ours.apply(noise(*size)), oracle_pixels(oracle, noise(*size)))
+
+
+ANYRES_SIZES = ((1, 1), (48, 48), (60, 40), (40, 61), (150, 50), (333, 501), (640, 480), (30, 1900), (1900, 30))
+
+
+@pytest.mark.parametrize("size", ANYRES_SIZES, ids=str)
+def test_tiles_equal_llava_nexts_processor(size: tuple[int, int]) -> None:
+    values = {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "size": {"shortest_edge": 48},
+        "crop_size": {"height": 48, "width": 48},
+        "image_grid_pinpoints": [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]],
+    }
+    ours, oracle = ImageProcessor.from_dict(values), LlavaNextImageProcessorPil(**values)
+    tiles = ours.apply(noise(*size))
+    assert torch.equal(tiles, oracle_pixels(oracle, noise(*size)))
+    assert tiles.shape[0] == num_tiles(ours.grid(size, patch_grid(48, 12)))
+    assert ImageProcessor.from_dict(ours.to_dict()) == ours
 
 
 @pytest.mark.parametrize("name", ["waterview.jpg", "extreme_ironing.jpg"])

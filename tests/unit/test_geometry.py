@@ -1,10 +1,27 @@
 """The arithmetic of pictures, against worked cases and its own laws."""
 
+import functools
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavakit.geometry import CropBox, ImageGrid, center_crop_box, num_image_tokens, pad_offset, patch_grid, shortest_edge_size
+from llavakit.geometry import (
+    CropBox,
+    ImageGrid,
+    MergeType,
+    anyres_grid,
+    best_resolution,
+    center_crop_box,
+    fit_size,
+    kept_box,
+    num_image_tokens,
+    num_tiles,
+    pad_offset,
+    patch_grid,
+    shortest_edge_size,
+)
 
 SIDES = st.integers(1, 4000)
 
@@ -69,3 +86,83 @@ def test_padding_centres_the_picture(width: int, height: int) -> None:
     assert min(left, top) == 0
     assert max(width, height) - width - 2 * left in (0, 1)
     assert max(width, height) - height - 2 * top in (0, 1)
+
+
+# LLaVA-1.6: pinpoints as (width, height), in the order of the original's and of transformers' files.
+ORIGINAL = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+TRANSFORMERS = tuple((width, height) for height, width in ORIGINAL)
+TILE = patch_grid(336, 14)
+ANY_SIDE = st.integers(1, 2000)
+
+
+@pytest.mark.parametrize(
+    ("size", "original", "transformers"),
+    [
+        ((300, 300), (336, 672), (672, 336)),  # all pinpoints show it whole: the first of the least wasteful wins
+        ((1000, 1000), (672, 672), (672, 672)),
+        ((640, 480), (672, 672), (672, 672)),
+        ((2000, 500), (1008, 336), (1008, 336)),
+        ((500, 2000), (336, 1008), (336, 1008)),
+        ((1, 2000), (336, 672), (672, 336)),  # nothing of it is a whole pixel wide anywhere
+    ],
+)
+def test_the_best_resolution_and_who_wins_ties(size: tuple[int, int], original: tuple[int, int], transformers: tuple[int, int]) -> None:
+    assert best_resolution(size, ORIGINAL) == original
+    assert best_resolution(size, TRANSFORMERS) == transformers
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((672, 672), 576 + 48 * 49),
+        ((640, 480), 576 + 36 * 49),
+        ((2000, 500), 576 + 18 * 73),
+        ((500, 2000), 576 + 72 * 19),
+        ((300, 300), 576 + 24 * 25),
+    ],
+)
+def test_tokens_of_pictures_of_many_sizes(size: tuple[int, int], expected: int) -> None:
+    assert num_image_tokens(anyres_grid(size, TRANSFORMERS, TILE, 336)) == expected
+
+
+@pytest.mark.parametrize(("merge", "expected"), [("flat", 5 * 576), ("spatial", 5 * 576), ("spatial_unpad", 576 + 36 * 49)])
+def test_tokens_depend_on_how_tiles_are_merged(merge: MergeType, expected: int) -> None:
+    grid = anyres_grid((640, 480), ORIGINAL, TILE, 336, merge=merge)
+    assert (num_tiles(grid), num_image_tokens(grid)) == (5, expected)
+
+
+@given(ANY_SIDE, ANY_SIDE)
+def test_counts_equal_transformers_for_any_size(width: int, height: int) -> None:
+    from transformers.image_processing_utils import select_best_resolution
+    from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+
+    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    pinpoints = SimpleNamespace(image_grid_pinpoints=[list(pair) for pair in ORIGINAL])
+    unpadded = functools.partial(LlavaNextProcessor._get_unpadded_features, None)
+    counter = SimpleNamespace(image_processor=pinpoints, _get_unpadded_features=unpadded, **settings)
+    best_height, best_width = select_best_resolution((height, width), [list(pair) for pair in ORIGINAL])
+    assert best_resolution((width, height), TRANSFORMERS) == (best_width, best_height)
+    grid = anyres_grid((width, height), TRANSFORMERS, TILE, 336)
+    # transformers counts the class token too, and takes it off later.
+    assert num_image_tokens(grid) + 1 == LlavaNextProcessor._get_number_of_features(counter, height, width, 336, 336)
+
+
+@given(ANY_SIDE, ANY_SIDE)
+def test_what_is_kept_lies_in_the_middle_and_both_roundings_agree(width: int, height: int) -> None:
+    boxes = [kept_box(anyres_grid((width, height), TRANSFORMERS, TILE, 336, is_rounded=is_rounded)) for is_rounded in (True, False)]
+    grid = anyres_grid((width, height), TRANSFORMERS, TILE, 336)
+    assert grid.anyres is not None
+    rows, cols = grid.anyres.tile_rows * 24, grid.anyres.tile_cols * 24
+    box = boxes[0]
+    assert (box.left, box.top) == (cols - box.right, rows - box.bottom)
+    assert min(box.left, box.top) == 0
+    assert boxes[0] == boxes[1]
+
+
+@given(ANY_SIDE, ANY_SIDE)
+def test_a_picture_fills_its_room_in_one_direction(width: int, height: int) -> None:
+    room = best_resolution((width, height), ORIGINAL)
+    fitted = fit_size((width, height), room)
+    assert fitted[0] == room[0] or fitted[1] == room[1]
+    assert 1 <= fitted[0] <= room[0]
+    assert 1 <= fitted[1] <= room[1]

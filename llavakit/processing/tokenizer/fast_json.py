@@ -6,41 +6,59 @@ Llama's all-space pieces have early ids and the lowest scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from llavakit.errors import CheckpointError
+from llavakit.processing.tokenizer.added_tokens import AddedTokens
+from llavakit.processing.tokenizer.frame import Frame, Slot
+from llavakit.processing.tokenizer.sentence_model import SentenceModel
 
-__all__ = ["tokenizer_json"]
+__all__ = ["template_processor", "tokenizer_json"]
 
 
-def tokenizer_json(
-    sp_model: sentencepiece.SentencePieceProcessor, added_tokens: Mapping[str, int], *, add_bos: bool = True, add_eos: bool = False
-) -> str:
-    """Build the text of tokenizer.json in the form that Llama-2's has: prepend, byte fallback, bos and eos by template.
+def tokenizer_json(model: SentenceModel, added: AddedTokens, frame: Frame) -> str:
+    """Build the text of tokenizer.json in the form that Llama-2's has: prepend, byte fallback, special tokens by template.
 
     Raises: CheckpointError when the added tokens' ids leave gaps, which this file cannot express.
     """
-    pieces = [sp_model.id_to_piece(index) for index in range(sp_model.vocab_size())]
-    vocab = {piece: index for index, piece in enumerate(pieces)}
-    unk, bos, eos = (pieces[index] for index in (sp_model.unk_id(), sp_model.bos_id(), sp_model.eos_id()))
-    model = models.BPE(vocab=vocab, merges=_merges(sp_model, vocab), unk_token=unk, fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
+    sp_model = model.processor
+    vocab = {str(sp_model.id_to_piece(index)): index for index in range(model.size)}
+    bpe = models.BPE(
+        vocab=vocab, merges=_merges(sp_model, vocab), unk_token=model.own_roles()["unk_token"], fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    head, tail = ([f"{bos}:%d"] if add_bos else []), ([f"{eos}:%d"] if add_eos else [])
-    single, second = (" ".join((*head, f"{name}:%d", *tail)).replace("%d", kind) for name, kind in (("$A", "0"), ("$B", "1")))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=f"{single} {second}", special_tokens=[(bos, sp_model.bos_id()), (eos, sp_model.eos_id())]
-    )
-    ordered = sorted(added_tokens.items(), key=lambda item: item[1])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (unk, bos, eos, *(token for token, _ in ordered))])
-    for token, index in ordered:
-        if tokenizer.token_to_id(token) != index:
-            raise CheckpointError(f"added token {token!r} has id {index}; added tokens must follow the {len(pieces)} pieces without a gap")
+    names = {index: token.content for index, token in added.tokens().items()}
+    tokenizer.post_processor = template_processor(frame, names)
+    for index, token in added.tokens().items():
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if tokenizer.token_to_id(token.content) != index:
+            raise CheckpointError(
+                f"added token {token.content!r} has id {index}; added tokens must follow the {model.size} pieces without a gap"
+            )
     return str(tokenizer.to_str(pretty=True))
+
+
+def template_processor(frame: Frame, names: Mapping[int, str]) -> processors.TemplateProcessing:
+    """Write a frame as the tokenizers library's post-processor; names are the texts of its special ids."""
+    used = {index for slot in frame.single + frame.pair for index in slot.ids}
+    return processors.TemplateProcessing(
+        single=list(_written(frame.single, names)),
+        pair=list(_written(frame.pair, names)),
+        special_tokens=[(names[index], index) for index in sorted(used)],
+    )
+
+
+def _written(slots: tuple[Slot, ...], names: Mapping[int, str]) -> Iterator[str]:
+    for slot in slots:
+        if slot.sequence is None:
+            yield from (f"{names[index]}:{slot.type_id}" for index in slot.ids)
+        else:
+            yield f"${'AB'[slot.sequence]}:{slot.type_id}"
 
 
 def _merges(sp_model: sentencepiece.SentencePieceProcessor, vocab: Mapping[str, int]) -> list[tuple[str, str]]:

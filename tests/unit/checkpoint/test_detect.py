@@ -13,7 +13,7 @@ from llavakit.errors import CheckpointError
 
 def test_kinds_that_are_read() -> None:
     assert detect_kind({"model_type": "llava", "text_config": {}, "mm_hidden_size": 3}) is Kind.LLAVA_HF
-    assert detect_kind({"model_type": "llama"}) is Kind.LLAMA
+    assert detect_kind({"model_type": "llama"}) is Kind.DECODER
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_kinds_that_are_read() -> None:
         ({"model_type": "llava", "mm_vision_tower": "openai/clip"}, "original LLaVA layout"),
         ({"model_type": "llava_llama", "mm_hidden_size": 1024}, "original LLaVA layout"),
         ({"model_type": "llava"}, "neither text_config"),
-        ({"model_type": "llava_next", "text_config": {}}, "'llava_next'"),
+        ({"model_type": "llava_onevision", "text_config": {}}, "'llava_onevision'; llava and llava_next"),
         ({}, "None"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantised \\(gptq\\)"),
     ],
@@ -34,7 +34,7 @@ def test_other_kinds_are_named(values: dict[str, Any], named: str) -> None:
 
 def test_code_in_the_checkpoint_is_ignored_and_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="llavakit"):
-        assert detect_kind({"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}) is Kind.LLAMA
+        assert detect_kind({"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}) is Kind.DECODER
     assert "never run" in caplog.text
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from llavakit.checkpoint.load import load_config, load_core, load_weights
 from llavakit.errors import CheckpointError
-from llavakit.model.config import LlamaConfig, LlavaConfig
+from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import init_weights
 from llavakit.storage.tensors import write_tensors
 from tests.tiny import VARIANTS, VOCAB, Variant, llama_config, llava_config
@@ -193,3 +194,41 @@ def test_module_without_layout_is_a_bug(tmp_path: Path) -> None:
     write(tmp_path, some_weights(), llava_config())
     with pytest.raises(TypeError, match="Linear"):
         load_weights(torch.nn.Linear(1, 1), tmp_path)
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pickle_weights_load_where_they_are_allowed(tmp_path: Path, dtype: torch.dtype, num_files: int) -> None:
+    weights = {name: weight.to(dtype) for name, weight in some_weights(TIED).items()}
+    stored = {**weights, HEAD: weights[EMBEDDING], "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    (tmp_path / "config.json").write_text(llava_config(TIED).to_json(), encoding="utf-8")
+    if num_files == 1:
+        torch.save(stored, tmp_path / "pytorch_model.bin")
+    else:
+        files = {f"pytorch_model-{i + 1:05d}-of-{num_files:05d}.bin": list(stored)[i::num_files] for i in range(num_files)}
+        for file, names in files.items():
+            torch.save({name: stored[name] for name in names}, tmp_path / file)
+        index = {"metadata": {"total_size": 1}, "weight_map": {name: file for file, names in files.items() for name in names}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"can run code .* set allow_pickle"):
+        load_core(tmp_path)
+    assert_same(load_core(tmp_path, allow_pickle=True), weights)
+
+
+def test_safetensors_count_before_pickle(tmp_path: Path) -> None:
+    weights = some_weights()
+    write(tmp_path, weights, llava_config(VARIANTS[0]))
+    torch.save({"other": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    assert_same(load_core(tmp_path, allow_pickle=True), weights)
+
+
+def test_pickle_weights_are_checked_like_others(tmp_path: Path) -> None:
+    weights = some_weights()
+    (tmp_path / "config.json").write_text(llava_config(VARIANTS[0]).to_json(), encoding="utf-8")
+    torch.save({name: weight for name, weight in weights.items() if name != HEAD}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=f"missing {HEAD}"):
+        load_core(tmp_path, allow_pickle=True)
+    weights[EMBEDDING][0, 0] = float("nan")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        load_core(tmp_path, allow_pickle=True)

@@ -7,7 +7,9 @@ import pytest
 
 from llavakit.errors import ConfigError
 from llavakit.geometry import num_image_tokens
-from llavakit.model.config import ClipVisionConfig, LlamaConfig, LlavaConfig
+from llavakit.model.config import LlamaConfig, MistralConfig, Qwen2Config
+from llavakit.model.llava_config import LlavaConfig, LlavaNextConfig, published_tower
+from llavakit.model.vision_config import ClipVisionConfig, SiglipVisionConfig, VisionConfig
 from llavakit.pretrained.causal_lm import LlavaLlamaForCausalLM
 from tests.tiny import llava, llava_config
 
@@ -52,7 +54,7 @@ def test_the_published_config_fills_in_what_it_leaves_out() -> None:
     text = config.text_config
     assert (text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_kv_heads) == (4096, 11008, 32, 32)
     assert (text.head_width, text.rope_theta, text.vocab_size, text.rms_norm_eps) == (128, 10000.0, 32064, 1e-5)
-    assert config.num_vision_layers_used == 23
+    assert config.feature_depths == (23,)
     assert num_image_tokens(config.image_grid) == 576
     assert config.projector_depth == 2
     assert config.architectures == ["LlavaForConditionalGeneration"]
@@ -117,27 +119,42 @@ def test_both_names_of_the_image_token() -> None:
         (LlamaConfig, {"num_attention_heads": 6, "num_key_value_heads": 4, "hidden_size": 48}, "num_key_value_heads 4"),
         (LlamaConfig, {"head_dim": 3}, "even width"),
         (LlamaConfig, {"hidden_act": "gelu"}, "hidden_act must be one of 'silu'"),
-        (LlamaConfig, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported"),
+        (LlamaConfig, {"rope_scaling": {"type": "linear"}}, "needs 'factor'"),
+        (LlamaConfig, {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling['factor'] must be finite and from 1.0"),
+        (LlamaConfig, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs 'low_freq_factor'"),
         (LlamaConfig, {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported"),
-        (LlamaConfig, {"rope_scaling": 4}, "must be tables"),
+        (LlamaConfig, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (LlamaConfig, {"rope_scaling": 4}, "must be a table"),
+        (LlamaConfig, {"eos_token_id": [2, -1]}, "eos_token_id[1] must be at least 0"),
+        (LlamaConfig, {"pad_token_id": -1}, "pad_token_id must be at least 0"),
+        (LlamaConfig, {"pretraining_tp": 0}, "pretraining_tp must be from 1"),
+        (Qwen2Config, {"use_sliding_window": True}, "use_sliding_window must be one of False"),
+        (SiglipVisionConfig, {"image_size": [224, 448]}, "one side of a square"),
         (LlamaConfig, {"rms_norm_eps": float("inf")}, "rms_norm_eps must be finite"),
         (LlamaConfig, {"pad_token_id": 32000}, "pad_token_id must be below vocab_size 32000"),
-        (LlamaConfig, {"attention_bias": True}, "attention_bias"),
+        (LlamaConfig, {"attention_bias": 1}, "attention_bias must be true or false"),
         (ClipVisionConfig, {"patch_size": 337}, "patch_size 337 must not exceed image_size 336"),
-        (ClipVisionConfig, {"hidden_act": "gelu"}, "quick_gelu"),
+        (ClipVisionConfig, {"hidden_act": "relu"}, "quick_gelu"),
         (LlavaConfig, {"vision_feature_layer": -26}, "vision_feature_layer -26"),
         (LlavaConfig, {"vision_feature_layer": 25}, "vision_feature_layer 25"),
         (LlavaConfig, {"vision_feature_select_strategy": "patch"}, "'default', 'full'"),
-        (LlavaConfig, {"mm_projector_type": "linear"}, "mlpNx_gelu"),
+        (LlavaConfig, {"mm_projector_type": "resampler"}, "linear, identity or mlpNx_gelu"),
+        (LlavaConfig, {"vision_feature_layer": []}, "at least one hidden state"),
+        (LlavaConfig, {"mm_projector_type": "identity"}, "as wide as the language model (4096), got 1024"),
+        (LlavaConfig, {"model_type": "llava_next", "image_grid_pinpoints": [[300, 336]]}, "multiples of image_size 336"),
+        (LlavaConfig, {"model_type": "llava_next", "image_grid_pinpoints": [336, 672]}, "(height, width) pairs"),
+        (LlavaConfig, {"model_type": "llava_next", "vision_feature_select_strategy": "full"}, "class tokens"),
+        (LlavaConfig, {"model_type": "llava", "mm_vision_tower": "my/tower"}, "'my/tower' is not one of the known towers"),
+        (LlavaConfig, {"model_type": "llava_mpt", "mm_hidden_size": 1024}, "'llava_mpt'"),
         (LlavaConfig, {"mm_projector_type": "mlp0x_gelu"}, "mlpNx_gelu"),
-        (LlavaConfig, {"text_config": {"model_type": "mistral"}}, "'mistral'"),
-        (LlavaConfig, {"vision_config": {"model_type": "siglip_vision_model"}}, "'siglip_vision_model'"),
+        (LlavaConfig, {"text_config": {"model_type": "gemma"}}, "'gemma'; supported are llama, mistral, qwen2"),
+        (LlavaConfig, {"vision_config": {"model_type": "dinov2"}}, "'dinov2'; supported are clip_vision_model, siglip_vision_model"),
         (LlavaConfig, {"text_config": 3}, "text_config must be a LlamaConfig or a table"),
         (LlavaConfig, {"tie_word_embeddings": True}, "set both or neither"),
     ],
 )
 def test_wrong_values_name_field_value_and_range(
-    cls: type[LlamaConfig | ClipVisionConfig | LlavaConfig], values: dict[str, Any], told: str
+    cls: type[LlamaConfig | VisionConfig | LlavaConfig], values: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         cls.from_dict(values)
@@ -170,3 +187,107 @@ def test_the_projector_has_as_many_layers_as_its_name_says(depth: int, names: se
     model = LlavaLlamaForCausalLM(config)
     assert {name for name, _ in model.multi_modal_projector.named_children()} == names
     assert LlavaConfig.from_dict(config.to_dict()).projector_depth == depth
+
+
+ORIGINAL_16_7B = {  # the fields of liuhaotian/llava-v1.6-vicuna-7b's config.json that say something of the model
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "freeze_mm_mlp_adapter": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "image_aspect_ratio": "anyres",
+    "image_crop_resolution": 224,
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "mm_hidden_size": 1024,
+    "mm_patch_merge_type": "spatial_unpad",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "model_type": "llava",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "tokenizer_model_max_length": 4096,
+    "torch_dtype": "bfloat16",
+    "unfreeze_mm_vision_tower": True,
+    "use_mm_proj": True,
+    "vocab_size": 32000,
+}
+
+
+def test_the_flat_form_is_read_and_written() -> None:
+    config = LlavaConfig.from_dict(ORIGINAL_16_7B)
+    assert isinstance(config, LlavaNextConfig)
+    assert (config.merge, config.has_newline, config.feature_depths) == ("spatial_unpad", True, (23,))
+    assert config.image_grid_pinpoints[:2] == [[672, 336], [336, 672]]  # (height, width), in the file's order
+    assert (config.text_config.rms_norm_eps, config.text_config.pad_token_id, config.image_token_index) == (1e-5, 0, 32000)
+    assert config.unfreeze_mm_vision_tower is True
+    written = config.to_original_dict()
+    assert {name: written.get(name) for name in ORIGINAL_16_7B} == {**ORIGINAL_16_7B, "model_type": "llava"}
+    assert LlavaConfig.from_dict(json.loads(json.dumps(written))).to_original_dict() == written
+    assert LlavaConfig.from_dict(json.loads(config.to_json())) == config
+
+
+def test_an_absent_projector_type_is_linear_in_the_flat_form_and_two_layers_in_the_nested() -> None:
+    flat = LlavaConfig.from_dict({"model_type": "llava", "mm_hidden_size": 1024, "mm_vision_tower": "openai/clip-vit-large-patch14"})
+    assert (flat.projector_depth, flat.vision_config.image_size, type(flat)) == (1, 224, LlavaConfig)
+    assert LlavaConfig.from_dict({"text_config": {}}).projector_depth == 2
+
+
+def test_pinpoints_may_be_text_and_flat_is_the_merge_of_files_without_one() -> None:
+    text = {**ORIGINAL_16_7B, "image_grid_pinpoints": "[(336, 672), (672, 336)]"}
+    del text["mm_patch_merge_type"]
+    config = LlavaConfig.from_dict(text)
+    assert (config.image_grid_pinpoints, config.merge, config.has_newline) == ([[672, 336], [336, 672]], "flat", False)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "kept"),
+    [
+        ({"type": "linear", "factor": 2}, {"type": "linear", "factor": 2.0}),
+        ({"rope_type": "dynamic", "factor": 4.0}, {"type": "dynamic", "factor": 4.0}),
+        ({"type": "default"}, None),
+    ],
+)
+def test_scaling_is_read_from_either_spelling_and_written_in_both(scaling: dict[str, Any], kept: dict[str, Any] | None) -> None:
+    config = LlamaConfig.from_dict({"rope_scaling": scaling, "rope_theta": 1e5})
+    assert config.rope_scaling == kept
+    written = config.to_dict()
+    assert written["rope_parameters"]["rope_theta"] == 1e5
+    assert written["rope_parameters"]["rope_type"] == ("default" if kept is None else kept["type"])
+    del written["rope_scaling"]
+    assert LlamaConfig.from_dict(written).rope_scaling == kept
+
+
+def test_contexts_are_stretched_by_linear_scaling_alone_and_end_at_windows() -> None:
+    def context(cls: type[LlamaConfig], **values: Any) -> int:
+        return cls(max_position_embeddings=4096, **values).context_len
+
+    assert context(LlamaConfig) == context(LlamaConfig, rope_scaling={"type": "dynamic", "factor": 4.0}) == 4096
+    assert context(LlamaConfig, rope_scaling={"type": "linear", "factor": 4.0}) == 16384
+    assert (context(MistralConfig, sliding_window=512), context(MistralConfig, sliding_window=None)) == (512, 4096)
+
+
+def test_transformers_defaults_are_ours() -> None:
+    import transformers
+
+    for ours in (LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig):
+        theirs = getattr(transformers, ours.__name__)().to_dict()
+        for name, value in ours().to_dict().items():
+            if name in theirs and name not in ("rope_parameters", "head_dim", "num_key_value_heads", "sliding_window"):
+                assert theirs[name] == value, (ours.__name__, name)
+
+
+def test_a_published_tower_is_known_by_its_id_alone() -> None:
+    assert published_tower("openai/clip-vit-large-patch14-336") == ClipVisionConfig()
+    assert published_tower("google/siglip-so400m-patch14-384").num_patches == 729

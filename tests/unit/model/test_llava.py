@@ -8,7 +8,7 @@ from llavakit.model.llava import IMAGE_PLACEHOLDER, LlavaCore, PackedBatch
 from llavakit.model.surgery import freeze
 from llavakit.ops.attention import Packed
 from llavakit.ops.loss import IGNORE
-from tests.tiny import IMAGE_TOKEN, NUM_IMAGE_TOKENS, SIDE, llava
+from tests.tiny import IMAGE_TOKEN, NUM_IMAGE_TOKENS, SIDE, VOCAB, llava
 
 PIXELS = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
@@ -46,6 +46,34 @@ def test_features_land_in_order_and_both_placeholders_mean_the_same() -> None:
 def test_pixels_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="pixels must be"):
         llava().encode_images(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_pixels_that_are_no_floats_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match="pixels must be normalised floats, got"):
+        llava().encode_images(torch.zeros(1, 3, SIDE, SIDE, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_pixels_that_are_not_finite_are_refused(value: float, dtype: torch.dtype) -> None:
+    pixels = PIXELS.to(dtype, copy=True)
+    pixels[0, 1, 2, 3] = value
+    with pytest.raises(InputError, match="pixels hold NaN or infinite"):
+        llava().encode_images(pixels)
+
+
+@pytest.mark.parametrize("ids", [[1, VOCAB], [1, -1], [IMAGE_TOKEN, 2**40], [IMAGE_TOKEN, -100]])
+def test_ids_outside_the_vocabulary_are_refused_before_the_look_up(ids: list[int]) -> None:
+    features = torch.zeros(ids.count(IMAGE_TOKEN), 64) if IMAGE_TOKEN in ids else None
+    with pytest.raises(InputError, match=rf"ids must lie in 0\.\.{VOCAB - 1}, got"):
+        llava().embed(torch.tensor(ids), features)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.bool])
+def test_ids_that_are_no_integers_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match="ids must be integers, got"):
+        llava().embed(torch.ones(3, dtype=dtype))
 
 
 def test_only_the_tower_layers_that_are_needed_run() -> None:

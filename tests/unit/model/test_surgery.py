@@ -1,12 +1,16 @@
 """Fresh weights and freezing."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from llavakit.errors import ConfigError
+from llavakit.errors import ConfigError, InputError
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.surgery import freeze, init_weights
-from tests.tiny import llama_config, llava_config
+from llavakit.pretrained.causal_lm import LlamaForCausalLM, LlamaModel, LlavaLlamaForCausalLM
+from tests.tiny import VARIANTS, VOCAB, Variant, llama, llama_config, llava, llava_config
 
 
 def filled(seed: int) -> LlavaCore:
@@ -59,3 +63,91 @@ def test_freezing_twice_forgets_the_first_time() -> None:
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="no parameter matches 'mm_projector"):
         freeze(filled(0), ("mm_projector.*",))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_resizing_keeps_old_rows_and_adds_their_mean(variant: Variant) -> None:
+    model = llama(variant)
+    old = model.get_input_embeddings().weight.detach().clone()
+    model.resize_token_embeddings(VOCAB + 1, pad_to_multiple_of=64)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert head is not None
+    assert (embedding.weight.shape[0], head.weight.shape[0], model.config.vocab_size) == (448, 448, 448)
+    assert (head.weight is embedding.weight) == variant.is_tied
+    assert torch.equal(embedding.weight[:VOCAB], old)
+    torch.testing.assert_close(embedding.weight[VOCAB:], old.mean(0).expand(64, -1))
+    assert model(input_ids=torch.tensor([[VOCAB]])).logits.shape[-1] == 448
+    model.resize_token_embeddings(100)
+    assert torch.equal(model.get_input_embeddings().weight, old[:100])
+    assert model.resize_token_embeddings().num_embeddings == 100
+
+
+def test_the_documentations_tip_makes_the_new_pad_token_zero() -> None:
+    """Add <pad>, resize, set the id, in either order of the last two; as the Llama-2 page says."""
+    for model in (llama(), llava()):
+        pad = VOCAB
+        model.resize_token_embeddings(VOCAB + 1)
+        model.config.pad_token_id = pad
+        assert not model.get_input_embeddings()(torch.tensor([pad])).any()
+    model = llama()
+    model.config.pad_token_id = VOCAB
+    model.resize_token_embeddings(VOCAB + 1)
+    assert not model.get_input_embeddings().weight[VOCAB].any()
+
+
+def test_a_pad_row_of_a_checkpoint_stays_and_gets_no_gradient() -> None:
+    model = llava()
+    row = model.get_input_embeddings().weight[5].detach().clone()
+    model.config.pad_token_id = 5
+    ids = torch.tensor([[5, 6, 7]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    weight = model.get_input_embeddings().weight
+    assert torch.equal(weight[5], row)
+    assert row.any()
+    assert weight.grad is not None
+    assert not weight.grad[5].any()
+    assert weight.grad[6].any()
+
+
+def test_a_pad_row_that_does_not_exist_is_refused_when_it_is_used() -> None:
+    model = llama()
+    model.config.pad_token_id = VOCAB
+    with pytest.raises(ConfigError, match="resize_token_embeddings"):
+        model(input_ids=torch.tensor([[1, 2]]))
+
+
+def test_a_llava_config_builds_its_language_model() -> None:
+    assert LlamaModel(llava_config()).config.hidden_size == llava_config().text_config.hidden_size
+
+
+@pytest.mark.parametrize("wrong", [{"new_num_tokens": 0}, {"pad_to_multiple_of": 0}])
+def test_sizes_below_one_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="at least 1"):
+        llama().resize_token_embeddings(**wrong)
+
+
+def test_resized_models_save_and_load(tmp_path: Path) -> None:
+    model = llava()
+    model.resize_token_embeddings(VOCAB + 3)
+    model.save_pretrained(tmp_path)
+    loaded = LlavaLlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.text_config.vocab_size == VOCAB + 3
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_tensor_parallel_slices_are_rounded_one_by_one() -> None:
+    """pretraining_tp: in half precision the partial products are rounded before they are added, in float32 nothing changes."""
+    config = llama_config()
+    model = LlamaForCausalLM(config)
+    layer: Any = model.model.get_submodule("layers.0.mlp.down_proj")
+    x = torch.randn(5, config.intermediate_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = layer.weight.detach().bfloat16()
+    whole = layer(x)
+    config.pretraining_tp = 4
+    parts = [x[:, start : start + 24] @ weight[:, start : start + 24].T for start in range(0, 96, 24)]
+    assert torch.equal(layer(x), parts[0] + parts[1] + parts[2] + parts[3])
+    assert not torch.equal(layer(x), whole)
+    torch.testing.assert_close(layer(x.float()), x.float() @ layer.weight.T)
+    config.pretraining_tp = 5
+    with pytest.raises(ConfigError, match="must divide the width 96"):
+        layer(x)

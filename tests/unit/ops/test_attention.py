@@ -9,9 +9,10 @@ from torch import Tensor
 
 from llavakit.ops.attention import Packed
 from llavakit.ops.cached import CacheShape, Decode, KvCache, Prefill
-from llavakit.ops.rope import rope_tables, rotate
+from llavakit.ops.rope import RopeSpec, rope_tables, rotate
 
 HEADS, WIDTH = 4, 8
+ROPE = RopeSpec(head_dim=WIDTH, theta=10000.0)
 CPU = torch.device("cpu")
 
 
@@ -97,7 +98,7 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
     q, k, _ = draw(1, 1)
 
     def score(at_q: int, at_k: int) -> float:
-        tables = [rope_tables(torch.tensor([at]), WIDTH, 10000.0, torch.float32) for at in (at_q, at_k)]
+        tables = [rope_tables(torch.tensor([at]), ROPE, torch.float32) for at in (at_q, at_k)]
         return float(rotate(q, tables[0])[0, 0] @ rotate(k, tables[1])[0, 0])
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
@@ -106,6 +107,6 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
 
 def test_rotation_keeps_lengths_and_position_zero() -> None:
     q, _, _ = draw(5, 1)
-    tables = rope_tables(torch.tensor([0, 1, 50, 4095, 10**6]), WIDTH, 10000.0, torch.float32)
+    tables = rope_tables(torch.tensor([0, 1, 50, 4095, 10**6]), ROPE, torch.float32)
     torch.testing.assert_close(rotate(q, tables).norm(dim=-1), q.norm(dim=-1))
     assert torch.equal(rotate(q, tables)[0], q[0])

@@ -97,7 +97,7 @@ def test_another_kind_of_model_and_dtype_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a llava model, LlamaForCausalLM needs llama"):
         LlamaForCausalLM.from_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match="dtype must be one of float32"):
-        LlavaLlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="int8")  # type: ignore[arg-type]
+        LlavaLlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="int8")
     with pytest.raises(CheckpointError):
         LlamaForCausalLM.from_pretrained(tmp_path / "nothing")
 

@@ -159,7 +159,7 @@ def test_save_and_load_keep_everything(tmp_path: Path, template: str, aspect: An
     processor.save_pretrained(tmp_path)
     loaded = LlavaProcessor.from_pretrained(tmp_path)
     assert loaded.files() == processor.files()
-    assert (loaded.template, loaded.grid, loaded.image_token_id) == (processor.template, processor.grid, processor.image_token_id)
+    assert (loaded.template, loaded.tile_grid, loaded.image_token_id) == (processor.template, processor.tile_grid, processor.image_token_id)
 
 
 def change(folder: Path, name: str, **values: Any) -> None:

@@ -2,17 +2,20 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from llavakit.errors import CheckpointError
+from llavakit.errors import CheckpointError, PromptError
 from llavakit.processing.chat import TEMPLATES
-from llavakit.processing.segments import MarkerIds, Segment, encode_segments, find_marker, segments_text
+from llavakit.processing.segments import ChatTokenizer, MarkerIds, Segment, encode_segments, find_marker, segments_text
+from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.types import Conversation, ImagePart, Message, TextPart
 from tests.originals import CHATML_TOKENS, LLAMA_3_TOKENS, STYLES, original_ids, original_prompt
 from tests.real_data import llama2_tokenizer
-from tests.tiny import IMAGE_TOKEN, NUM_PIECES, tiny_tokenizer
+from tests.tiny import IMAGE_TOKEN, NUM_PIECES, llama3_tokenizer_folder, qwen_tokenizer_folder, tiny_tokenizer
 
 PLACE = ImagePart(b"never opened")
 TALK = Conversation((Message("user", (PLACE, TextPart("a red circle?"))),)).reply("yes,  2 of them\n", TextPart("and # now")).reply("no #")
@@ -36,14 +39,11 @@ class WordTokenizer:
             self.words.append(word)
         return self.words.index(word)
 
-    def convert_tokens_to_ids(self, token: str, /) -> int:
-        return self.words.index(token) if token in self.words else 0
-
-    def convert_ids_to_tokens(self, index: int, /) -> str:
-        return self.words[index]
+    def find_token(self, token: str) -> int | None:
+        return self.words.index(token) if token in self.words else None
 
 
-def encoded(name: str, conversation: Conversation, tokenizer: LlamaTokenizer | WordTokenizer, image_id: int) -> tuple[list[int], list[int]]:
+def encoded(name: str, conversation: Conversation, tokenizer: ChatTokenizer, image_id: int) -> tuple[list[int], list[int]]:
     """Encode with one slot for each picture; returns the ids and those that are learned."""
     template = TEMPLATES[name]
     segments = template.segments(conversation, add_generation_prompt=conversation.messages[-1].role == "user")
@@ -99,6 +99,20 @@ def test_the_known_ids_of_llava_come_out() -> None:
         3148, 1001, 29901, 29871, -200, 29871, 13, 12148, 8453, 445, 1967, 297, 9493, 29889, 319, 1799, 9047, 13566, 29901
     ]  # fmt: skip
     assert len(ids) == 50
+
+
+@pytest.mark.parametrize("name", [name for name, style in STYLES.items() if style in ("chatml", "llama_3", "mpt")])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_byte_level_ids_equal_transformers(tmp_path: Path, name: str, system: str | None) -> None:
+    folder = (llama3_tokenizer_folder if STYLES[name] == "llama_3" else qwen_tokenizer_folder)(tmp_path)
+    tokenizer, oracle = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    head = () if system is None else (Message("system", (TextPart(system),)),)
+    image_id = tokenizer.find_token("<image>")
+    assert image_id is not None
+    turns = stripped(TURNS) if STYLES[name] == "llama_3" else TURNS
+    # <image> is a token of these vocabularies, so the text can be tokenised at once, as LLaVA-NeXT's training does.
+    expected = oracle(original_prompt(name, turns, system=system))["input_ids"]
+    assert encoded(name, Conversation((*head, *TALK.messages)), tokenizer, image_id)[0] == expected
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -167,7 +181,7 @@ def test_a_missing_token_is_named() -> None:
 
 def test_a_tokenizer_without_eos_cannot_end_answers() -> None:
     markers = TEMPLATES["v1"].markers(WordTokenizer(eos_token_id=None), -1)
-    with pytest.raises(CheckpointError, match="eos_token"):
+    with pytest.raises(PromptError, match="no eos token"):
         encode_segments([Segment("eos")], str.encode, markers, [])
 
 

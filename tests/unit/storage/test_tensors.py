@@ -173,8 +173,12 @@ def test_pipe_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_folder_without_weights_says_what_is_read(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json$"):
+        TensorFolder(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(CheckpointError, match=r"pickle files \(\.bin\) are not read"):
+    with pytest.raises(
+        CheckpointError, match=r"only pickle weights \(\.bin\): these can run code .* a version with safetensors, .* set allow_pickle"
+    ):
         TensorFolder(tmp_path)
 
 

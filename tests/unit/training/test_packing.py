@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llavakit.errors import DataError
+from llavakit.geometry import ImageGrid
 from llavakit.model.llava import PackedBatch
 from llavakit.ops.loss import IGNORE
 from llavakit.training.config import DataConfig
@@ -24,7 +25,7 @@ class Lengths:
 
     def sample(self, index: int) -> Sample:
         length = self.lengths[index]
-        return Sample((index + 2,) * length, (False,) + (True,) * (length - 1), NO_TILES)
+        return Sample((index + 2,) * length, (False,) + (True,) * (length - 1), NO_TILES, ())
 
 
 def mixed_lengths(count: int) -> list[int]:
@@ -33,8 +34,8 @@ def mixed_lengths(count: int) -> list[int]:
 
 
 def test_each_position_predicts_the_next_token_of_its_own_sequence() -> None:
-    first = Sample((1, 5, 6, 7), (False, False, True, True), NO_TILES)
-    second = Sample((1, 8, 9), (True, True, False), NO_TILES)  # its first token has nothing before it to predict it from
+    first = Sample((1, 5, 6, 7), (False, False, True, True), NO_TILES, ())
+    second = Sample((1, 8, 9), (True, True, False), NO_TILES, ())  # its first token has nothing before it to predict it from
     batch = pack([first, second], multiple_of=8)
     assert batch.ids_T.tolist() == [1, 5, 6, 7, 1, 8, 9, 0]
     assert batch.labels_T.tolist() == [X, 6, 7, X, 8, X, X, X]
@@ -45,15 +46,16 @@ def test_each_position_predicts_the_next_token_of_its_own_sequence() -> None:
 
 def test_tiles_keep_the_order_of_the_samples() -> None:
     tiles = [torch.full((count, 3, 2, 2), float(count)) for count in (1, 2)]
-    samples = [Sample((1, 2), (False, True), tile) for tile in (tiles[0], NO_TILES, tiles[1])]
-    pixels = pack(samples).pixels_N3SS
-    assert pixels is not None
-    assert torch.equal(pixels, torch.cat(tiles))
+    samples = [Sample((1, 2), (False, True), tile, (ImageGrid(2, 2),) * tile.shape[0]) for tile in (tiles[0], NO_TILES, tiles[1])]
+    batch = pack(samples)
+    assert batch.pixels_N3SS is not None
+    assert torch.equal(batch.pixels_N3SS, torch.cat(tiles))
+    assert batch.grids == (ImageGrid(2, 2),) * 3
 
 
 def test_a_batch_without_supervision_is_refused() -> None:
     with pytest.raises(DataError, match="supervised"):
-        pack([Sample((1, 2), (True, False), NO_TILES)])
+        pack([Sample((1, 2), (True, False), NO_TILES, ())])
 
 
 def test_packed_loss_and_gradients_equal_separate_ones() -> None:

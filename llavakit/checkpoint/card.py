@@ -1,0 +1,186 @@
+"""What goes to the hub beside the weights: the model card and the licences.
+
+Owns: build_card (README.md with the front matter that the hub reads), Licence and its choice, copy_licences.
+Invariant: a card says only what config, processor, weights and the source's own files say; a licence that is unknown is said to be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llavakit.errors import CheckpointError, ConfigError
+from llavakit.logs import logger
+from llavakit.model.config import LlamaConfig
+from llavakit.model.llava_config import LlavaConfig
+from llavakit.processing.processor import LlavaProcessor
+from llavakit.storage.documents import read_text
+from llavakit.storage.hub import check_inside
+from llavakit.types import Conversation
+
+__all__ = ["CardFacts", "Licence", "build_card", "choose_licence", "copy_licences", "find_licences"]
+
+_LOG = logger("checkpoint")
+_LICENCE_FILE = re.compile(r"(licen[sc]e|notice|use[_-]policy|copying)\b.*", re.IGNORECASE)
+_LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_KEY = re.compile(r"(license|license_name|license_link):\s*(\S.*?)\s*")
+_QUESTION = "What is in this picture?"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Licence:
+    """A licence as the hub's front matter states it."""
+
+    license: str | None = None
+    """The hub's id of it, "other" for one that has none, or None where nobody knows."""
+    license_name: str | None = None
+    """Name of an "other" licence."""
+    license_link: str | None = None
+    """File or address of an "other" licence."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardFacts:
+    """What a card is built from."""
+
+    name: str
+    """The repository, owner/name."""
+    config: LlamaConfig | LlavaConfig
+    """The model's."""
+    class_name: str
+    """The public class that loads it."""
+    num_parameters: int
+    """Weights, shared ones once."""
+    dtype: str
+    """Of the weights."""
+    processor: LlavaProcessor | None = None
+    """Where it goes along."""
+    base_model: str | None = None
+    """Hub id of the model that this one was loaded from."""
+    licence: Licence = Licence()
+    """The terms."""
+
+
+def build_card(facts: CardFacts) -> str:
+    """Write README.md."""
+    sections = [
+        f"# {facts.name.split('/')[-1]}",
+        _introduction(facts),
+        "## Parts\n\n" + "\n".join(f"- {line}" for line in _parts(facts.config)),
+    ]
+    if facts.processor is not None:
+        sections += [
+            f"## Prompt\n\nTemplate `{facts.processor.template.name}`; `<image>` stands for a picture's features.\n\n"
+            f"```text\n{_prompt(facts.processor)}\n```",
+            f"## Preprocessing\n\n```json\n{json.dumps(facts.processor.image_processor.to_dict(), indent=2)}\n```",
+        ]
+    sections += [f"## Run it\n\n```python\n{_code(facts)}\n```", f"## Licence\n\n{_terms(facts.licence)}"]
+    return _front_matter(facts) + "\n\n".join(sections) + "\n"
+
+
+def choose_licence(stated: str | None, source: Path | None) -> Licence:
+    """Take the licence that the user states, else that of the source folder's card, else its licence file.
+
+    Raises: ConfigError when what is stated cannot be a hub's licence id.
+    """
+    if stated is not None:
+        if _LICENCE_ID.fullmatch(stated) is None:
+            raise ConfigError(f"license must be one of the hub's ids (like apache-2.0, llama2, other), got {stated!r}")
+        return Licence(license=stated)
+    if source is None or not source.is_dir():
+        return Licence()
+    if (source / "README.md").is_file() and (found := _read_front_matter(read_text(source / "README.md"))):
+        return Licence(**found)
+    files = [path.name for path in find_licences(source) if not path.name.lower().startswith("notice")]
+    return Licence(license="other", license_name=files[0].split(".")[0].lower(), license_link=files[0]) if files else Licence()
+
+
+def find_licences(folder: Path) -> list[Path]:
+    """List the files that terms ask to be passed on: LICENSE, NOTICE, USE_POLICY and the like."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and _LICENCE_FILE.fullmatch(path.name))
+
+
+def copy_licences(source: Path, folder: Path) -> None:
+    """Copy a folder's licence files into another folder; a link that leads elsewhere is left out, and that is logged."""
+    for path in find_licences(source):
+        try:
+            check_inside(path, source)
+        except CheckpointError as error:
+            _LOG.warning("left out a licence file: %s", error)
+            continue
+        shutil.copyfile(path, folder / path.name)
+
+
+def _read_front_matter(text: str) -> dict[str, str]:
+    """Read the licence keys of a card; the rest of its YAML is not looked at."""
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return {}
+    lines = text[4 : text.index("\n---", 3)].splitlines()
+    matches = [match for line in lines if (match := _KEY.fullmatch(line)) is not None]
+    return {match[1]: match[2].strip("\"'") for match in matches}
+
+
+def _front_matter(facts: CardFacts) -> str:
+    is_llava = isinstance(facts.config, LlavaConfig)
+    values: dict[str, Any] = {
+        "license": facts.licence.license,
+        "license_name": facts.licence.license_name,
+        "license_link": facts.licence.license_link,
+        "base_model": facts.base_model,
+        "library_name": "transformers",  # the layout and the class names in config.json are its own
+        "pipeline_tag": "image-text-to-text" if is_llava else "text-generation",
+        "tags": ["llava", "llavakit"] if is_llava else ["llavakit"],
+    }
+    # A JSON value is a YAML value too, and quotes what needs quoting.
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None]
+    return "---\n" + "\n".join(lines) + "\n---\n\n"
+
+
+def _introduction(facts: CardFacts) -> str:
+    kind = "LLaVA, a model that sees pictures and answers in text," if isinstance(facts.config, LlavaConfig) else "Llama language model"
+    origin = "" if facts.base_model is None else f" It was loaded from [{facts.base_model}](https://huggingface.co/{facts.base_model})."
+    return f"A {kind} of {facts.num_parameters:,} parameters in {facts.dtype}, in the Hugging Face layout.{origin}"
+
+
+def _parts(config: LlamaConfig | LlavaConfig) -> list[str]:
+    text = config.get_text_config()
+    language = (
+        f"Language model: Llama, {text.num_hidden_layers} layers, width {text.hidden_size}, {text.num_attention_heads} heads over "
+        f"{text.num_kv_heads}, vocabulary {text.vocab_size}, context {text.max_position_embeddings}"
+    )
+    if isinstance(config, LlamaConfig):
+        return [language]
+    vision = config.vision_config
+    tower = (
+        f"Vision tower: {vision.model_type}, {vision.num_hidden_layers} layers (hidden state {config.vision_feature_layer} is used), "
+        f"width {vision.hidden_size}, {vision.image_size} pixels in patches of {vision.patch_size}"
+    )
+    return [language, tower, f"Projector: {config.mm_projector_type}"]
+
+
+def _prompt(processor: LlavaProcessor) -> str:
+    end = processor.tokenizer.eos_token_id
+    marks = {"image": "<image>", "eos": "" if end is None else processor.tokenizer.convert_ids_to_tokens(end)}
+    segments = processor.template.segments(Conversation.ask(_QUESTION, b""), add_generation_prompt=True)
+    return "".join(marks.get(segment.kind, segment.text) for segment in segments)
+
+
+def _code(facts: CardFacts) -> str:
+    if isinstance(facts.config, LlamaConfig) or facts.processor is None:
+        return f'from llavakit import {facts.class_name}\n\nmodel = {facts.class_name}.from_pretrained("{facts.name}")'
+    return (
+        "from pathlib import Path\n\nfrom llavakit import LLM, Conversation\n\n"
+        f'llm = LLM.load("{facts.name}")\n'
+        f'print(llm.chat(Conversation.ask("{_QUESTION}", Path("picture.jpg").read_bytes())).text)'
+    )
+
+
+def _terms(licence: Licence) -> str:
+    if licence.license is None:
+        return "Not stated: ask the owner before you use it."
+    name = licence.license_name if licence.license == "other" and licence.license_name is not None else licence.license
+    return name if licence.license_link is None else f"[{name}]({licence.license_link})"

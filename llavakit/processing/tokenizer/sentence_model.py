@@ -1,0 +1,158 @@
+"""A sentencepiece model: its pieces, its ids for plain text, its bytes.
+
+Owns: loading with limits and clear errors, the variant without the dummy space, hiding of pieces that user text must not reach.
+The model file is a protobuf message. Two of its properties are used here instead of a protobuf library: a message behind the
+first one overrides its fields, and a piece's type is one byte.
+Source: sentencepiece_model.proto (ModelProto: pieces = 1, normalizer_spec = 3; SentencePiece: piece = 1, type = 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from llavakit.errors import CheckpointError, ConfigError, InputError
+
+__all__ = ["MODEL_NAME", "SentenceModel", "read_model", "save_model"]
+
+MODEL_NAME = "tokenizer.model"
+_MAX_MODEL_BYTES = 64 << 20
+_SPACE = "▁"
+_NO_DUMMY_SPACE = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
+_PIECES, _TYPE = 1, 3
+_USER_DEFINED, _UNUSED = 4, 5
+
+
+class SentenceModel:
+    """The pieces of a tokenizer.model and how text becomes them."""
+
+    def __init__(self, proto: bytes, options: Mapping[str, Any]) -> None:
+        """Load a model; options are sentencepiece's own, such as enable_sampling. Raises: CheckpointError, ConfigError."""
+        self.proto, self._options = proto, dict(options)
+        self.processor = _load(proto, self._options)
+        self.size = int(self.processor.vocab_size())
+        self._plain = self.processor
+        self._hidden: frozenset[int] = frozenset()
+        self._has_dummy_space = str(self.processor.encode("a", out_type=str)[0]).startswith(_SPACE)
+
+    def own_roles(self) -> dict[str, str]:
+        """Return the model's own bos, eos and unk."""
+        model = self.processor
+        ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+        return {role: str(model.id_to_piece(index)) for role, index in ids.items()}
+
+    def without_dummy_space(self) -> sentencepiece.SentencePieceProcessor:
+        """Load the model once more, without the space that it puts before a text."""
+        return _load(self.proto + _NO_DUMMY_SPACE, self._options)
+
+    def find(self, token: str) -> int | None:
+        """Look up a piece's id."""
+        index = int(self.processor.piece_to_id(token))
+        return index if index != self.processor.unk_id() or token == self.processor.id_to_piece(index) else None
+
+    def piece(self, index: int) -> str | None:
+        """Look up the piece of an id; None outside the model."""
+        return str(self.processor.id_to_piece(index)) if 0 <= index < self.size else None
+
+    def hide(self, ids: frozenset[int]) -> None:
+        """Keep plain text from becoming these pieces: user-defined ones are found in any text otherwise."""
+        hidden = frozenset(index for index in ids if _is_user_defined(self.processor, index))
+        if hidden != self._hidden:
+            self._hidden, self._plain = hidden, _load(_unused_pieces(self.proto, hidden), self._options)
+
+    def encode(self, text: str) -> list[int]:
+        """Encode plain text."""
+        return list(self._plain.encode(text))
+
+    def text_bytes(self, index: int, *, is_first: bool) -> bytes | None:
+        """Return the bytes that a piece stands for, at the beginning of a text without the dummy space; None for no text."""
+        model = self.processor
+        if not 0 <= index < self.size or model.is_control(index) or model.is_unknown(index):
+            return None
+        piece = str(model.id_to_piece(index))
+        if model.is_byte(index):
+            return bytes((int(piece[1:-1], 16),))
+        if is_first and self._has_dummy_space:
+            piece = piece.removeprefix(_SPACE)
+        return piece.replace(_SPACE, " ").encode()
+
+
+def read_model(path: Path) -> bytes:
+    """Read a model file. Raises: CheckpointError when it is missing, unreadable or too large."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path}; copy the checkpoint's sentencepiece model there, or use LlamaTokenizerFast")
+    try:
+        if path.stat().st_size > _MAX_MODEL_BYTES:
+            raise CheckpointError(f"{path} is larger than {_MAX_MODEL_BYTES} bytes; a tokenizer never is")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+
+
+def save_model(proto: bytes, folder: Path, prefix: str | None) -> tuple[str]:
+    """Write [prefix-]tokenizer.model into an existing folder and return its path. Raises: InputError."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; make it first")
+    path = folder / (MODEL_NAME if prefix is None else f"{prefix}-{MODEL_NAME}")
+    path.write_bytes(proto)
+    return (str(path),)
+
+
+def _load(proto: bytes, options: Mapping[str, Any]) -> sentencepiece.SentencePieceProcessor:
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=proto, **options)
+    except RuntimeError as error:
+        raise CheckpointError("tokenizer.model is not a sentencepiece model; download it again") from error
+    except TypeError as error:
+        raise ConfigError(f"sp_model_kwargs {dict(options)!r} are not sentencepiece's: {error}") from error
+    if not proto or min(model.bos_id(), model.eos_id(), model.unk_id()) < 0:
+        raise CheckpointError("tokenizer.model lacks a bos, eos or unk piece; Llama's tokenizers have all three")
+    return model
+
+
+def _is_user_defined(model: sentencepiece.SentencePieceProcessor, index: int) -> bool:
+    is_other = (model.is_control(index), model.is_unknown(index), model.is_byte(index), model.is_unused(index))
+    return not any(is_other)
+
+
+def _unused_pieces(proto: bytes, ids: frozenset[int]) -> bytes:
+    """Return the model with the user-defined ones of these pieces marked as unused."""
+    changed = bytearray(proto)
+    index = -1
+    for number, start, end in _fields(proto, 0, len(proto)):
+        if number == _PIECES:
+            index += 1
+            if index in ids:
+                for inner, place, _ in _fields(proto, start, end):
+                    if inner == _TYPE and proto[place] == _USER_DEFINED:
+                        changed[place] = _UNUSED
+    return bytes(changed)
+
+
+def _fields(proto: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Walk over a message's fields: number, and where the value lies."""
+    while start < end:
+        tag, start = _varint(proto, start)
+        match tag & 7:
+            case 0:
+                following = _varint(proto, start)[1]
+            case 1:
+                following = start + 8
+            case 2:
+                length, start = _varint(proto, start)
+                following = start + length
+            case _:
+                following = start + 4
+        yield tag >> 3, start, following
+        start = following
+
+
+def _varint(proto: bytes, start: int) -> tuple[int, int]:
+    value, shift = 0, 0
+    while proto[start] & 0x80:
+        value |= (proto[start] & 0x7F) << shift
+        start, shift = start + 1, shift + 7
+    return value | proto[start] << shift, start + 1

@@ -1,0 +1,83 @@
+"""Tensors in the pickle files that torch.save writes (pytorch_model.bin), for those who ask for them.
+
+Owns: PICKLE, the WeightFormat of these files for TensorFolder, and the only torch.load of the package.
+Invariants: the unpickler builds tensors, dictionaries and numbers and refuses everything else (weights_only), so no code of the
+file runs; files of torch 1.6 and later are mapped, so memory holds what was read; every tensor that is read owns its memory, also
+where the file shares one storage among several. Files of older versions are read whole.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+
+import torch
+from torch import Tensor
+
+from llavakit.errors import CheckpointError
+from llavakit.storage.tensors import TensorSpec, WeightFormat
+
+__all__ = ["PICKLE", "PickleFile"]
+
+# What torch.load raises for damaged or foreign files; found by changing bytes of good ones.
+_DAMAGE = (
+    UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, OSError,
+    ArithmeticError, BadZipFile, struct.error,
+)  # fmt: skip
+
+
+class PickleFile:
+    """One file of torch.save that holds a table of names and tensors."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file. Raises: CheckpointError when it is damaged or holds anything but named tensors."""
+        self.path = path
+        self._tensors = _load(path)
+        self.specs: Mapping[str, TensorSpec] = {name: _spec(tensor) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor in its stored dtype into memory of its own."""
+        return self._tensors[name].clone(memory_format=torch.contiguous_format)
+
+    def close(self) -> None:
+        """Let go of the mapping; reading afterwards is an error."""
+        self._tensors = {}
+
+
+PICKLE = WeightFormat("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", PickleFile)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {path}: it is missing or no regular file")
+    try:
+        is_mapped = is_zipfile(path)
+        if is_mapped:
+            _check_archive(path)
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+    except _DAMAGE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged, or holds something else than tensors: {reason[:200]}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}; a table of names and tensors was expected")
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+            kind = type(value).__name__
+            raise CheckpointError(f"{path} holds {str(name)[:100]!r}, a {kind}; only plain tensors under names are read")
+    return {name: value.detach() for name, value in values.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse compressed entries: torch writes none, and a small file must not grow in memory. Raises: CheckpointError."""
+    with ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != ZIP_STORED:
+                raise CheckpointError(f"{path} is a compressed archive; torch.save writes none")
+
+
+def _spec(tensor: Tensor) -> TensorSpec:
+    start = tensor.data_ptr()
+    return TensorSpec(tensor.dtype, tuple(tensor.shape), start, start + tensor.numel() * tensor.element_size())
