@@ -19,6 +19,7 @@ _COMMANDS = (
     ("ask", "Ask a question about a picture."),
     ("chat", "Talk about a picture, turn by turn."),
     ("inspect", "Show what a checkpoint holds, without loading it."),
+    ("lint", "Show what a prompt becomes, and how files deviate from training."),
     ("doctor", "Show what this machine can run."),
     ("reproduce", "Train the embedded miniature from nothing."),
 )

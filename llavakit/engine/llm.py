@@ -6,6 +6,7 @@ Owns: loading model and processor together, batches of at most max_batch, stream
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self, overload
 
@@ -88,11 +89,14 @@ class LLM:
         return run_requests(self.core, [self._request(conversation, params)])
 
     def _request(self, conversation: Conversation, params: SamplingParams | None) -> Request:
-        tokenizer, context_len = self.processor.tokenizer, self.core.text_config.max_position_embeddings
+        context_len = self.core.text_config.max_position_embeddings
+        params = SamplingParams() if params is None else params
+        if not params.ignore_eos:
+            params = replace(params, stop=(*params.stop, *self.processor.template.stops))
         return Request(
             self.processor.prompt(conversation, max_len=context_len - 1),
-            SamplingParams() if params is None else params,
+            params,
             context_len=context_len,
-            end_ids=frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)),
-            tokenizer=tokenizer,
+            end_ids=self.processor.end_ids,
+            tokenizer=self.processor.tokenizer,
         )

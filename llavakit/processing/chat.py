@@ -1,40 +1,59 @@
-"""Chat templates: from a conversation to segments, and from segments to ids with their loss mask.
+"""Chat templates: how each family of checkpoints was taught to see conversations.
 
-Owns: the templates v1, v1_hf and plain, their choice by a checkpoint's own template text, and encode_segments, which builds ids
-and mask together, segment by segment.
-Invariants: image slots come only from ImagePart, end tokens only from the template; whatever a person typed stays text.
-Sources: LLaVA's conversation templates and tokenizer_image_token (ids equal for ordinary conversations).
-Deviation: v1_hf is llava-hf's prompt (no system line), but answers of the history end with the end token, as the weights were
-trained, where llava-hf's file puts a space.
+Owns: ChatTemplate, the table TEMPLATES, and rendering a conversation into segments.
+Invariants: pictures come only from ImagePart, special tokens only from a template's own markup; whatever a person typed stays text.
+Sources: llava/conversation.py of LLaVA and LLaVA-NeXT (fixed strings, exactly), get_prompt and tokenizer_image_token (ids equal).
+Deviations: several pictures of a turn each keep a place, where LLaVA's training made them one; text beside a picture keeps its outer
+white space; an empty answer still gets its terminator; llama_3 has one bos, as in training, where LLaVA-NeXT's demo sends two;
+v0 is what LLaVA's own inference sends (its first training code wrote "### Human: ..." and a line break). Templates named *_hf and chatml,
+llama_2_chat, llama_3 are their family's without a system line of their own, as in checkpoints whose own template has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from llavakit.errors import CheckpointError, PromptError
-from llavakit.types import Conversation, Message
+from llavakit.errors import ConfigError, PromptError
+from llavakit.processing.segments import ChatTokenizer, MarkerIds, Segment, find_marker
+from llavakit.types import Conversation, ImagePart, Message
 
-__all__ = ["TEMPLATES", "ChatTemplate", "EncodedChat", "Segment", "encode_segments", "jinja_text", "template_of_jinja"]
+__all__ = ["TEMPLATES", "ChatTemplate", "Turns", "cut_markup", "find_template"]
 
-_V1_OPENING = "A chat between a curious user and an artificial intelligence assistant. "
-_V1_SYSTEM = f"{_V1_OPENING}The assistant gives helpful, detailed, and polite answers to the user's questions."
-"""The system line that LLaVA-1.5 was trained with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A stretch of a prompt: text (encoded on its own), one picture, or the end token."""
-
-    kind: Literal["text", "image", "eos"]
-    text: str = ""
-    is_supervised: bool = False
+_NAMED = re.compile(r"<\|\w+\|>")
+_MARKERS = re.compile(rf"(<s>|</s>|{_NAMED.pattern})")
 
 
-class _Render(Protocol):
-    def __call__(self, template: ChatTemplate, conversation: Conversation, *, add_generation_prompt: bool) -> list[Segment]: ...
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """The markup around messages. In it <s> and </s> are the tokenizer's bos and eos, and <|...|> is the token of that name."""
+
+    system: tuple[str, str]
+    """Before and after the system text."""
+    user: tuple[str, str]
+    """Before and after a user's message."""
+    opening: str
+    """What asks for an answer."""
+    lead: str = ""
+    """Between the opening and an answer that is there."""
+    end: str
+    """After an answer; learned up to its last token."""
+    between: str = ""
+    """Before each user turn but the first."""
+    is_system_inside: bool = False
+    """Whether the system text stands inside the first user turn."""
+    keeps_places: bool = False
+    """Whether several pictures of a turn stay where they are; otherwise they come first."""
+    strips: bool = False
+    """Whether messages lose their outer white space."""
+
+    @property
+    def markup(self) -> tuple[str, ...]:
+        """All markup."""
+        return (*self.system, *self.user, self.opening, self.lead, self.end, self.between)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +63,14 @@ class ChatTemplate:
     name: str
     system: str | None
     """System text used where the conversation has none of its own."""
-    render: _Render
+    form: Turns | Literal["caption", "text"]
+    """Turns of a talk, one picture with its caption, or one text that the model continues."""
+    has_bos: bool = True
+    """Whether a prompt begins with bos, where the tokenizer has one."""
+    end_tokens: tuple[str, ...] = ()
+    """Special tokens that end an answer, besides the tokenizer's eos."""
+    stops: tuple[str, ...] = ()
+    """Strings that end an answer."""
 
     def segments(self, conversation: Conversation, *, add_generation_prompt: bool) -> list[Segment]:
         """Cut a conversation into segments; with add_generation_prompt the last message must be the user's.
@@ -53,121 +79,237 @@ class ChatTemplate:
         """
         if add_generation_prompt and conversation.messages[-1].role != "user":
             raise PromptError("the last message must be from the user for the model to answer it")
-        return self.render(self, conversation, add_generation_prompt=add_generation_prompt)
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedChat:
-    """Ids with the pictures' slots expanded, and for each whether a model learns to produce it."""
-
-    ids: tuple[int, ...]
-    loss_mask: tuple[bool, ...]
-
-
-def encode_segments(
-    segments: Sequence[Segment],
-    encode: Callable[[str], Sequence[int]],
-    *,
-    bos_id: int | None,
-    eos_id: int | None,
-    image_id: int,
-    slots: Sequence[int],
-) -> EncodedChat:
-    """Concatenate bos, where there is one, and the segments' ids; the i-th picture takes slots[i] positions.
-
-    Raises: PromptError when an end token is needed and there is none.
-    """
-    ids = [] if bos_id is None else [bos_id]
-    mask = [False] * len(ids)
-    lengths = iter(slots)
-    part: Sequence[int]
-    for segment in segments:
-        match segment.kind:
+        match self.form:
+            case "caption":
+                return _render_caption(self.name, conversation, add_generation_prompt=add_generation_prompt)
             case "text":
-                part = encode(segment.text)
-            case "eos":
-                if eos_id is None:
-                    raise PromptError("the template ends answers with the end token, and the tokenizer has no eos token; name one")
-                part = (eos_id,)
-            case "image":
-                part = (image_id,) * next(lengths)
-        ids += part
-        mask += [segment.is_supervised] * len(part)
-    return EncodedChat(tuple(ids), tuple(mask))
+                return _render_text(self.name, conversation)
+            case turns:
+                return _render_turns(turns, self.system, conversation, add_generation_prompt=add_generation_prompt)
+
+    def markers(self, tokenizer: ChatTokenizer, image_id: int) -> MarkerIds:
+        """Look up the ids of this template's markers. Raises: CheckpointError naming a token that the tokenizer lacks."""
+        markup = "".join(self.form.markup) if isinstance(self.form, Turns) else ""
+        names = dict.fromkeys((*_NAMED.findall(markup), *self.end_tokens))
+        tokens = {name: find_marker(tokenizer, name, self.name) for name in names}
+        return MarkerIds(image_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokens, self.has_bos)
 
 
-def _render_v1(template: ChatTemplate, conversation: Conversation, *, add_generation_prompt: bool) -> list[Segment]:
-    messages = conversation.messages
-    system = template.system
+def find_template(name: str) -> ChatTemplate:
+    """Look up a template by our name or by LLaVA's. Raises: ConfigError listing the names."""
+    template = TEMPLATES.get(_ALIASES.get(name, name))
+    if template is None:
+        raise ConfigError(f"there is no template {name!r}; known are {', '.join((*TEMPLATES, *_ALIASES))}")
+    return template
+
+
+@functools.cache
+def cut_markup(markup: str) -> tuple[Segment, ...]:
+    """Cut a template's own markup at its markers."""
+    kinds: dict[str, Literal["bos", "eos"]] = {"<s>": "bos", "</s>": "eos"}
+    parts = [part for part in _MARKERS.split(markup) if part]
+    return tuple(Segment(kinds[part]) if part in kinds else Segment("token" if part[:2] == "<|" else "text", part) for part in parts)
+
+
+class _Writer:
+    """Segments in the making; texts of the same supervision that follow each other become one."""
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+
+    def add(self, segment: Segment) -> None:
+        last = self.segments[-1] if self.segments else None
+        if segment.kind == "text" and last is not None and last.kind == "text" and last.is_supervised == segment.is_supervised:
+            self.segments[-1] = replace(last, text=last.text + segment.text)
+        elif segment.kind != "text" or segment.text:
+            self.segments.append(segment)
+
+    def add_markup(self, markup: str) -> None:
+        for segment in cut_markup(markup):
+            self.add(segment)
+
+    def add_content(self, content: Sequence[str | None]) -> None:
+        for part in content:
+            self.add(Segment("image") if part is None else Segment("text", part))
+
+    def add_answer(self, turns: Turns, text: str) -> None:
+        self.add_markup(turns.opening)
+        if text:
+            self.add(Segment("text", turns.lead + text, True))
+        end = cut_markup(turns.end)
+        last = max((place for place, segment in enumerate(end) if segment.kind != "text"), default=len(end))
+        for place, segment in enumerate(end):
+            self.add(replace(segment, is_supervised=place <= last))
+
+
+def _render_turns(turns: Turns, system: str | None, conversation: Conversation, *, add_generation_prompt: bool) -> list[Segment]:
+    writer, messages = _Writer(), conversation.messages
     if messages[0].role == "system":
         system, messages = messages[0].text, messages[1:]
-    segments: list[Segment] = []
-    pending = "" if system is None else f"{system} "
-    for message in messages:
-        if message.role == "user":
-            pending = _open_turn(segments, f"{pending}USER: ", message)
-        else:
-            # The answer is encoded on its own: sentencepiece's dummy space is the template's space after the colon.
-            segments += (Segment("text", f"{pending} ASSISTANT:"), Segment("text", message.text, True), Segment("eos", "", True))
-            pending = ""
-    if pending:
-        segments.append(Segment("text", f"{pending} ASSISTANT:" if add_generation_prompt else pending))
-    return segments
+    if system is not None and turns.strips:
+        system = system.strip()
+    if system is not None and not turns.is_system_inside:
+        _add_system(writer, turns, system)
+    for place, message in enumerate(messages):
+        if message.role == "assistant":
+            writer.add_answer(turns, message.text.strip() if turns.strips else message.text)
+            continue
+        writer.add_markup(turns.user[0] if place == 0 else turns.between + turns.user[0])
+        if place == 0 and system is not None and turns.is_system_inside:
+            _add_system(writer, turns, system)
+        writer.add_content(_content(turns, message))
+        writer.add_markup(turns.user[1])
+    if add_generation_prompt:
+        writer.add_markup(turns.opening)
+    return writer.segments
 
 
-def _open_turn(segments: list[Segment], pending: str, message: Message) -> str:
-    """Put the turn's pictures first, each followed by a line break, and return the text that is not yet a segment."""
-    for _ in message.images:
-        segments += (Segment("text", pending), Segment("image"))
-        pending = "\n"
-    return pending + message.text
+def _add_system(writer: _Writer, turns: Turns, system: str) -> None:
+    writer.add_markup(turns.system[0])
+    writer.add(Segment("text", system))
+    writer.add_markup(turns.system[1])
 
 
-def _render_plain(template: ChatTemplate, conversation: Conversation, *, add_generation_prompt: bool) -> list[Segment]:
+def _content(turns: Turns, message: Message) -> list[str | None]:
+    """Put a user's texts and pictures (None) in the order of the training data; pictures that come first get a line break each."""
+    content: list[str | None] = []
+    if turns.keeps_places and len(message.images) > 1:
+        is_leading = True
+        for part in message.parts:
+            is_leading = is_leading and isinstance(part, ImagePart)
+            content += ((None, "\n") if is_leading else (None,)) if isinstance(part, ImagePart) else (part.text,)
+    else:
+        content += (None, "\n") * len(message.images)
+        content.append(message.text)
+    return _strip(content) if turns.strips else content
+
+
+def _strip(content: list[str | None]) -> list[str | None]:
+    """Strip the content as if it were one text in which each picture is a word."""
+    words = list(content)
+    while words and isinstance(words[0], str) and not words[0].lstrip():
+        del words[0]
+    while words and isinstance(words[-1], str) and not words[-1].rstrip():
+        del words[-1]
+    if words and isinstance(words[0], str):
+        words[0] = words[0].lstrip()
+    if words and isinstance(words[-1], str):
+        words[-1] = words[-1].rstrip()
+    return words
+
+
+def _render_caption(name: str, conversation: Conversation, *, add_generation_prompt: bool) -> list[Segment]:
     messages = conversation.messages
     num_images = len(conversation.images)
     if len(messages) != (1 if add_generation_prompt else 2) or num_images != 1:
         got = f"{len(messages)} messages with {num_images} pictures"
-        raise PromptError(f"template {template.name!r} is one picture and its caption, got {got}; use v1 to talk")
+        raise PromptError(f"template {name!r} is one picture and its caption, got {got}; use v1 to talk")
     caption = [] if add_generation_prompt else [Segment("text", f"{messages[1].text}\n", True)]
     return [Segment("image"), *caption]
+
+
+def _render_text(name: str, conversation: Conversation) -> list[Segment]:
+    messages = conversation.messages
+    if messages[0].role != "user" or len(messages) > 2 or conversation.images:
+        got = f"{len(messages)} messages, the first from the {messages[0].role}, with {len(conversation.images)} pictures"
+        raise PromptError(f"template {name!r} is one text that the model continues, got {got}; name a chat template to talk")
+    writer = _Writer()
+    writer.add(Segment("text", messages[0].text))
+    if len(messages) == 2:
+        writer.add(Segment("text", messages[1].text, True))
+        writer.add(Segment("eos", "", True))
+    return writer.segments
+
+
+# The fixed strings of the families. Source: llava/conversation.py of LLaVA and LLaVA-NeXT.
+
+_OPENING_USER = "A chat between a curious user and an artificial intelligence assistant. "
+_OPENING_HUMAN = "A chat between a curious human and an artificial intelligence assistant. "
+_MANNERS = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
+_USER_SYSTEM = _OPENING_USER + _MANNERS.format("user")
+_HUMAN_SYSTEM = _OPENING_HUMAN + _MANNERS.format("human")
+_SAFETY_SYSTEM = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your answers "
+    "should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your "
+    "responses are socially unbiased and positive in nature.\n\nIf a question does not make any sense, or is not factually coherent, "
+    "explain why instead of answering something not correct. If you don't know the answer to a question, please don't share false "
+    "information."
+)
+_VISION_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and "
+    "assist the user with a variety of tasks using natural language."
+)
+_MPT_SYSTEM = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+_V0_EXAMPLE = (
+    "Human: What are the key differences between renewable and non-renewable energy sources?###Assistant: Renewable energy sources "
+    "are those that can be replenished naturally in a relatively short amount of time, such as solar, wind, hydro, geothermal, and "
+    "biomass. Non-renewable energy sources, on the other hand, are finite and will eventually be depleted, such as coal, oil, and "
+    "natural gas. Here are some key differences between renewable and non-renewable energy sources:\n1. Availability: Renewable energy "
+    "sources are virtually inexhaustible, while non-renewable energy sources are finite and will eventually run out.\n2. Environmental "
+    "impact: Renewable energy sources have a much lower environmental impact than non-renewable sources, which can lead to air and "
+    "water pollution, greenhouse gas emissions, and other negative effects.\n3. Cost: Renewable energy sources can be more expensive "
+    "to initially set up, but they typically have lower operational costs than non-renewable sources.\n4. Reliability: Renewable "
+    "energy sources are often more reliable and can be used in more remote locations than non-renewable sources.\n5. Flexibility: "
+    "Renewable energy sources are often more flexible and can be adapted to different situations and needs, while non-renewable "
+    "sources are more rigid and inflexible.\n6. Sustainability: Renewable energy sources are more sustainable over the long term, "
+    "while non-renewable sources are not, and their depletion can lead to economic and social instability.\n###"
+)
+
+_V1 = Turns(system=("", " "), user=("USER: ", ""), opening=" ASSISTANT:", lead=" ", end="</s>")
+_V0 = Turns(system=("", "###"), user=("Human: ", "###"), opening="Assistant:", lead=" ", end="###")
+_LLAMA_2 = Turns(
+    system=("<<SYS>>\n", "\n<</SYS>>\n\n"), user=("[INST] ", " [/INST]"), opening="", lead=" ", end=" </s>", between="<s>",
+    is_system_inside=True,
+)  # fmt: skip
+_MPT = Turns(
+    system=("<|im_start|>system\n", "<|im_end|>"),
+    user=("<|im_start|>user\n", "<|im_end|>"),
+    opening="<|im_start|>assistant\n",
+    end="<|im_end|>",
+)
+_QWEN = Turns(
+    system=("<|im_start|>system\n", "<|im_end|>\n"),
+    user=("<|im_start|>user\n", "<|im_end|>\n"),
+    opening="<|im_start|>assistant\n",
+    end="<|im_end|>\n",
+    keeps_places=True,
+)
+_LLAMA_3 = Turns(
+    system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+    user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    opening="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    end="<|eot_id|>",
+    keeps_places=True,
+    strips=True,
+)
+
+
+def _chatml(name: str, system: str | None, turns: Turns) -> ChatTemplate:
+    return ChatTemplate(name, system, turns, has_bos=False, end_tokens=("<|im_end|>",))
 
 
 TEMPLATES: Mapping[str, ChatTemplate] = {
     template.name: template
     for template in (
-        ChatTemplate("v1", _V1_SYSTEM, _render_v1),
-        ChatTemplate("v1_hf", None, _render_v1),
-        ChatTemplate("plain", None, _render_plain),
+        ChatTemplate("v1", _USER_SYSTEM, _V1),
+        ChatTemplate("v1_hf", None, _V1),
+        ChatTemplate("llava_v1", _HUMAN_SYSTEM, _V1),
+        ChatTemplate("v0", _HUMAN_SYSTEM, replace(_V0, system=("", f"###{_V0_EXAMPLE}")), stops=("###",)),
+        ChatTemplate("llava_v0", _HUMAN_SYSTEM, _V0, stops=("###",)),
+        ChatTemplate("llama_2", _SAFETY_SYSTEM, _LLAMA_2),
+        ChatTemplate("llama_2_chat", None, _LLAMA_2),
+        ChatTemplate("llava_llama_2", _VISION_SYSTEM, _LLAMA_2),
+        ChatTemplate("mistral_instruct", None, replace(_LLAMA_2, between="")),
+        _chatml("mpt", _MPT_SYSTEM, _MPT),
+        _chatml("chatml_direct", "Answer the questions.", _MPT),
+        _chatml("chatml_direct_hf", None, _MPT),
+        _chatml("qwen", "You are a helpful assistant.", _QWEN),
+        _chatml("qwen_2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", _QWEN),
+        _chatml("chatml", None, _QWEN),
+        ChatTemplate("llava_llama_3", _VISION_SYSTEM, _LLAMA_3, end_tokens=("<|eot_id|>",)),
+        ChatTemplate("llama_3", None, _LLAMA_3, end_tokens=("<|eot_id|>",)),
+        ChatTemplate("plain", None, "caption", stops=("\n",)),
+        ChatTemplate("completion", None, "text"),
     )
 }
-
-
-def template_of_jinja(text: str) -> ChatTemplate:
-    """Recognise the template that a checkpoint's chat template text means. Raises: CheckpointError for another family's."""
-    if "ASSISTANT:" not in text:
-        raise CheckpointError("the checkpoint's chat template is not of the USER/ASSISTANT kind of LLaVA-1.5; it is not supported")
-    return TEMPLATES["v1" if _V1_OPENING in text else "v1_hf"]
-
-
-def jinja_text(template: ChatTemplate) -> str:
-    """Write a v1 template as the chat_template.jinja that transformers reads: same text, pictures first in their turn.
-
-    Raises: PromptError for a template that holds no conversations.
-    """
-    if template.render is not _render_v1:
-        raise PromptError(f"template {template.name!r} has no chat form; use v1 to talk")
-    system = "" if template.system is None else template.system.replace("'", "\\'") + " "
-    return (
-        "{%- if messages[0]['role'] == 'system' -%}{%- if messages[0]['content'] is string -%}{{ messages[0]['content'] + ' ' }}"
-        "{%- else -%}{%- for part in messages[0]['content'] -%}{{ part['text'] + ' ' }}{%- endfor -%}{%- endif -%}"
-        f"{{%- else -%}}{{{{ '{system}' }}}}{{%- endif -%}}"
-        "{%- for message in messages -%}{%- if message['role'] != 'system' -%}"
-        "{{ 'USER: ' if message['role'] == 'user' else ' ASSISTANT: ' }}"
-        "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
-        "{%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}"
-        "{%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}{%- endif -%}"
-        "{%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}"
-        "{%- endif -%}{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}"
-    )
+_ALIASES = {"vicuna_v1": "v1", "qwen_1_5": "qwen", "llava_mistral_instruct": "mistral_instruct"}

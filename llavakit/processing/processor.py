@@ -21,17 +21,19 @@ from torch import Tensor
 
 from llavakit.errors import CheckpointError, ImageError, PromptError
 from llavakit.geometry import ImageGrid, num_image_tokens, patch_grid
-from llavakit.processing.chat import TEMPLATES, ChatTemplate, EncodedChat, encode_segments, jinja_text, template_of_jinja
+from llavakit.processing.chat import ChatTemplate, Turns
 from llavakit.processing.image import DEFAULT_LIMITS, ImageLimits, ImageProcessor, decode_image, image_digest, image_size
+from llavakit.processing.jinja import jinja_text
+from llavakit.processing.segments import EncodedChat, MarkerIds, Segment, encode_segments
+from llavakit.processing.template_choice import TEMPLATE_KEY, template_of_checkpoint
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
-from llavakit.storage.documents import json_bytes, read_optional_json, read_text
+from llavakit.storage.documents import json_bytes, read_optional_json
 from llavakit.types import Conversation
 
 __all__ = ["LlavaProcessor", "Prompt"]
 
 _T = TypeVar("_T")
-_TEMPLATE_KEY = "llavakit_template"
 _MEMO_TEXTS = 1024
 _MEMO_CHARACTERS = 512  # the system line and other constant stretches are shorter
 
@@ -90,6 +92,17 @@ class LlavaProcessor:
         """The image tokens of one tile."""
         return patch_grid(self.image_processor.crop_px, self.patch_size, has_cls=self.has_cls and self.keep_cls)
 
+    @functools.cached_property
+    def markers(self) -> MarkerIds:
+        """The ids of the template's markers. Raises: CheckpointError where the tokenizer lacks one."""
+        return self.template.markers(self.tokenizer, self.image_token_id)
+
+    @functools.cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the tokenizer's eos and the template's end tokens."""
+        ends = frozenset(self.markers.tokens[token] for token in self.template.end_tokens)
+        return ends if self.markers.eos is None else ends | {self.markers.eos}
+
     def prompt(
         self, conversation: Conversation, *, add_generation_prompt: bool = True, supervise: bool = False, max_len: int | None = None
     ) -> Prompt:
@@ -129,6 +142,13 @@ class LlavaProcessor:
             raise PromptError(f"the conversation has places for {len(conversation.images)} pictures, got {len(images)}")
         ask = _Ask(conversation, add_generation_prompt, supervise, max_len)
         return self._assemble(self._encode(ask, self._grids([image.size for image in images])), images)
+
+    def encode_chat(
+        self, conversation: Conversation, grids: Sequence[ImageGrid], *, add_generation_prompt: bool = True
+    ) -> tuple[list[Segment], EncodedChat]:
+        """Build a conversation's segments and their ids, its pictures as grids; none is opened. Raises: PromptError."""
+        segments = self.template.segments(conversation, add_generation_prompt=add_generation_prompt)
+        return segments, encode_segments(segments, self._encode_text, self.markers, map(num_image_tokens, grids))
 
     def __call__(
         self,
@@ -171,14 +191,7 @@ class LlavaProcessor:
 
     def _encode(self, ask: _Ask, grids: Sequence[ImageGrid]) -> _Encoded:
         slots = tuple(map(num_image_tokens, grids))
-        encoded = encode_segments(
-            self.template.segments(ask.conversation, add_generation_prompt=ask.add_generation_prompt),
-            self._encode_text,
-            bos_id=self.tokenizer.bos_token_id,
-            eos_id=self.tokenizer.eos_token_id,
-            image_id=self.image_token_id,
-            slots=slots,
-        )
+        encoded = self.encode_chat(ask.conversation, grids, add_generation_prompt=ask.add_generation_prompt)[1]
         assert encoded.ids.count(self.image_token_id) == sum(slots), "text must never encode to the image token"
         if ask.max_len is not None and len(encoded.ids) > ask.max_len:
             raise PromptError(
@@ -205,8 +218,11 @@ class LlavaProcessor:
         return Prompt(encoded.chat.ids, encoded.chat.loss_mask, tiles_N3SS, encoded.grids, tuple(map(image_digest, images)))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Load the processor's files from a llava-hf folder, in the 4.x or the 5.x arrangement. Raises: CheckpointError."""
+    def from_pretrained(cls, folder: str | Path, *, template: ChatTemplate | None = None) -> Self:
+        """Load the processor's files from a llava-hf folder, in the 4.x or the 5.x arrangement.
+
+        The template is the one that the folder's content tells, unless one is given. Raises: CheckpointError.
+        """
         folder = Path(folder)
         config, processor = read_optional_json(folder / "config.json"), read_optional_json(folder / "processor_config.json")
         image = processor["image_processor"] if "image_processor" in processor else read_optional_json(folder / "preprocessor_config.json")
@@ -222,7 +238,7 @@ class LlavaProcessor:
         return cls(
             tokenizer=tokenizer,
             image_processor=ImageProcessor.from_dict(image),
-            template=_find_template(folder, processor),
+            template=template_of_checkpoint(folder, named=template).template,
             image_token_id=image_token_id,
             patch_size=_first(int, 14, (processor, "patch_size"), (config.get("vision_config", {}), "patch_size")),
             keep_cls=strategy == "full",
@@ -237,9 +253,9 @@ class LlavaProcessor:
             "num_additional_image_tokens": int(self.has_cls),
             "patch_size": self.patch_size,
             "vision_feature_select_strategy": "full" if self.keep_cls else "default",
-            _TEMPLATE_KEY: self.template.name,
+            TEMPLATE_KEY: self.template.name,
         }
-        chat = {} if self.template.name == "plain" else _chat_files(self.template)
+        chat = _chat_files(self.template) if isinstance(self.template.form, Turns) else {}
         return {
             **self.tokenizer.files(),
             "preprocessor_config.json": json_bytes(self.image_processor.to_dict()),
@@ -264,20 +280,6 @@ def _split_marks(text: str, mark: str) -> list[str]:
 def _chat_files(template: ChatTemplate) -> dict[str, bytes]:
     text = jinja_text(template)
     return {"chat_template.jinja": text.encode(), "chat_template.json": json_bytes({"chat_template": text})}
-
-
-def _find_template(folder: Path, processor: Mapping[str, Any]) -> ChatTemplate:
-    """Choose the template from content: our own key, else the text of the folder's own template, else v1."""
-    name = processor.get(_TEMPLATE_KEY)
-    if name is not None:
-        if name not in TEMPLATES:
-            raise CheckpointError(f"processor_config.json names the template {name!r}; known are {', '.join(TEMPLATES)}")
-        return TEMPLATES[name]
-    path = folder / "chat_template.jinja"
-    tables = (processor, read_optional_json(folder / "chat_template.json"), read_optional_json(folder / "tokenizer_config.json"))
-    texts = [read_text(path)] if path.is_file() else []
-    texts += [text for table in tables if isinstance(text := table.get("chat_template"), str)]
-    return template_of_jinja(texts[0]) if texts else TEMPLATES["v1"]
 
 
 def _first(kind: type[_T], default: _T, *places: tuple[Mapping[str, Any], str]) -> _T:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.errors import DataError, PromptError
-from llavakit.geometry import ImageGrid, num_image_tokens
-from llavakit.processing.chat import encode_segments
+from llavakit.geometry import ImageGrid
 from llavakit.processing.image import image_size
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.training.data import Sample, sample_of_prompt
@@ -60,19 +59,9 @@ class RecordSource:
         return [self._length(record) for record in self._records]
 
     def _length(self, record: Mapping[str, Any]) -> int:
-        processor = self._processor
         names = _picture_names(record)
-        segments = processor.template.segments(_conversation(record, [_NO_BYTES] * len(names)), add_generation_prompt=False)
-        tokenizer = processor.tokenizer
-        encoded = encode_segments(
-            segments,
-            tokenizer.encode_text,
-            bos_id=tokenizer.bos_token_id,
-            eos_id=tokenizer.eos_token_id,
-            image_id=processor.image_token_id,
-            slots=[num_image_tokens(self._grid(name)) for name in names],
-        )
-        return len(encoded.ids)
+        conversation, grids = _conversation(record, [_NO_BYTES] * len(names)), [self._grid(name) for name in names]
+        return len(self._processor.encode_chat(conversation, grids, add_generation_prompt=False)[1].ids)
 
     def _grid(self, name: str) -> ImageGrid:
         """Return the image tokens of a picture; only where they depend on its size is its header read."""

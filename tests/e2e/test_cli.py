@@ -69,7 +69,7 @@ def imported(code: str) -> set[str]:
 def test_help_lists_the_commands_and_imports_nothing_heavy(llava: Callable[..., Done]) -> None:
     done = llava("--help")
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("ask", "chat", "inspect", "doctor", "reproduce"))
+    assert all(name in done.stdout for name in ("ask", "chat", "inspect", "lint", "doctor", "reproduce"))
     modules = imported("sys.argv = ['llava', '--help']; from llavakit.cli.main import main; main()")
     assert not modules & {"torch", "numpy", "PIL", "pydantic"}
 

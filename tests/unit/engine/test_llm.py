@@ -1,5 +1,6 @@
 """LLM: what it loads and refuses, and that batches keep the order."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,17 @@ def test_the_last_event_of_a_stream_holds_the_completion(folder: Path) -> None:
     events = list(llm.stream(Conversation.ask("what is there?", PICTURE), SHORT))
     assert [event.completion for event in events[:-1]] == [None] * (len(events) - 1)
     assert events[-1].completion == llm.chat(Conversation.ask("what is there?", PICTURE), SHORT)
+
+
+def test_the_templates_stop_strings_and_end_tokens_end_answers(folder: Path) -> None:
+    llm = LLM.load(folder, dtype="float32")
+    question, text = Conversation.ask("what?", PICTURE), llm.chat(Conversation.ask("what?", PICTURE), SHORT).text
+    v1, middle = llm.processor.template, len(text) // 2
+    stopping = LLM(llm.core, replace(llm.processor, template=replace(v1, stops=(text[middle:],))))
+    assert stopping.chat(question, SHORT).text == text[: text.index(text[middle:])]
+    assert stopping.chat(question, replace(SHORT, ignore_eos=True)).text == text
+    ends = replace(llm.processor, template=replace(v1, end_tokens=("<pad>",)))
+    assert ends.end_ids == {ends.tokenizer.eos_token_id, ends.tokenizer.find_token("<pad>")}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
