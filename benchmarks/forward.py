@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM as HfLlama
 
 from benchmarks.harness import alternate, write_result
 from llavakit.engine.loop import run_requests
-from llavakit.engine.request import Request
+from llavakit.engine.request import Request, Terms
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlamaCore
 from llavakit.model.surgery import init_weights
@@ -90,7 +90,7 @@ def our_run(core: LlamaCore, ids_BS: torch.Tensor, steps: int) -> Callable[[], S
 
     def run() -> Sequence[float]:
         prompts = [Prompt(tuple(row), (False,) * len(row), NO_TILES) for row in ids_BS.tolist()]
-        requests = [Request(prompt, params, context_len=CONTEXT, end_ids=frozenset(), tokenizer=None) for prompt in prompts]
+        requests = [Request(prompt, params, Terms(context_len=CONTEXT, end_ids=frozenset())) for prompt in prompts]
         start = time.perf_counter()
         events = run_requests(core, requests)
         for _ in requests:

@@ -124,6 +124,22 @@ class SamplingParams:
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probability reaches top_p."""
+    min_p: float = 0.0
+    """Keep tokens at least min_p times as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divide the positive logits of tokens that occurred, prompt included, and multiply the negative ones; 1 is off."""
+    no_repeat_ngram_size: int = 0
+    """Never repeat so many tokens in a row, prompt included; 0 is off."""
+    min_tokens: int = 0
+    """Tokens before the answer may end by itself."""
+    n: int = 1
+    """Answers to give: as many draws, or the best of a beam search."""
+    num_beams: int = 1
+    """Width of a beam search; 1 is none."""
+    length_penalty: float = 1.0
+    """Beam search divides an answer's log probability by its length to this power; above 0 favours long answers."""
+    early_stopping: bool | Literal["never"] = False
+    """Beam search ends when there are num_beams answers (True), when better ones are unlikely (False), or impossible ("never")."""
     seed: int | None = None
     """Seed of this request's own generator; None draws one."""
     stop: tuple[str, ...] = ()
@@ -140,6 +156,15 @@ class SamplingParams:
             raise PromptError(f"temperature must be a number from 0 to 100, got {self.temperature}")
         if not (math.isfinite(self.top_p) and 0 < self.top_p <= 1):
             raise PromptError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not (math.isfinite(self.min_p) and 0 <= self.min_p <= 1):
+            raise PromptError(f"min_p must be from 0 to 1, got {self.min_p}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise PromptError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if self.no_repeat_ngram_size < 0 or self.min_tokens < 0:
+            raise PromptError(
+                f"no_repeat_ngram_size and min_tokens must be 0 or more, got {self.no_repeat_ngram_size} and {self.min_tokens}"
+            )
+        self._check_answers()
         if self.top_k < 0:
             raise PromptError(f"top_k must be 0 (off) or more, got {self.top_k}")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
@@ -148,6 +173,21 @@ class SamplingParams:
             raise PromptError("a stop string must not be empty")
         if any(token < 0 for token in self.stop_token_ids):
             raise PromptError(f"stop_token_ids must not be negative, got {self.stop_token_ids}")
+
+    def _check_answers(self) -> None:
+        """Check how many answers are asked for, and how they are searched."""
+        if self.n < 1 or self.num_beams < 1:
+            raise PromptError(f"n and num_beams must be at least 1, got {self.n} and {self.num_beams}")
+        if self.num_beams > 1 and self.n > self.num_beams:
+            raise PromptError(f"a search of {self.num_beams} beams gives at most as many answers, got n={self.n}")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise PromptError("a beam search draws nothing; set temperature to 0")
+        if self.num_beams == 1 and self.n > 1 and self.temperature == 0:
+            raise PromptError("several answers need a temperature above 0 or num_beams above 1, or they would all be the same")
+        if not math.isfinite(self.length_penalty):
+            raise PromptError(f"length_penalty must be a number, got {self.length_penalty}")
+        if self.early_stopping not in (True, False, "never"):
+            raise PromptError(f'early_stopping must be True, False or "never", got {self.early_stopping!r}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,3 +206,7 @@ class Completion:
     ids: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
+    others: tuple[Completion, ...] = ()
+    """The further answers, where more than one was asked for; the best of a beam search comes first."""
+    score: float | None = None
+    """Of a beam search: log probability over length to the length_penalty."""

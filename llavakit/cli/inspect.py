@@ -72,7 +72,7 @@ def _vision_facts(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, A
             f"{vision.image_size} px, {num_image_tokens(config.image_grid)} tokens per {'picture' if config.merge is None else 'tile'}"
         ),
         "projector": config.mm_projector_type,
-        "preprocessing": aspect,
+        "preprocessing": aspect if processor.preprocessing_note is None else f"{aspect}; {processor.preprocessing_note}",
         "template": f"{processor.template.name} ({'no system line' if system is None else 'with system line'})",
     }
 

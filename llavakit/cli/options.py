@@ -6,7 +6,7 @@ Refuses: torch; `llava ask --help` needs none.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -34,17 +34,26 @@ class ModelOptions:
     """Dtype of weights and activations; auto takes the files'."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes CUDA where there is one."""
+    preprocess: Literal["auto", "crop", "pad"] = "auto"
+    """How pictures become square; auto does what the checkpoint's files say."""
+    allow_pickle: bool = False
+    """Read pytorch_model.bin files too."""
 
     def load(self) -> LLM:
         """Load the model, saying so on stderr where nobody named one."""
         from llavakit.engine.llm import LLM, MINIATURE
-        from llavakit.storage.hub import resolve_model
 
         show_logs()
         if self.model is None:
             sys.stderr.write("llava: using the embedded miniature model; --model takes a folder or a hub id\n")
-        folder = resolve_model(MINIATURE if self.model is None else self.model, revision=self.revision)
-        return LLM.load(folder, dtype=self.dtype, device=self.device)
+        return LLM.load(
+            MINIATURE if self.model is None else self.model,
+            dtype=self.dtype,
+            device=self.device,
+            preprocess=self.preprocess,
+            revision=self.revision,
+            allow_pickle=self.allow_pickle,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +68,12 @@ class SamplingOptions:
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the most likely tokens up to this probability."""
+    min_p: float = 0.0
+    """Keep tokens at least so many times as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that occurred less likely."""
+    min_tokens: int = 0
+    """Tokens before the answer may end."""
     seed: int | None = None
     """Seed of the draw."""
     stop: tuple[str, ...] = ()
@@ -66,9 +81,7 @@ class SamplingOptions:
 
     def params(self) -> SamplingParams:
         """Translate into the loop's parameters."""
-        return SamplingParams(
-            max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed, stop=self.stop
-        )
+        return SamplingParams(**{field.name: getattr(self, field.name) for field in fields(self)})
 
 
 def read_image(path: Path) -> bytes:

@@ -12,14 +12,16 @@ from typing import Literal, Self, overload
 
 import torch
 
+from llavakit.checkpoint.generation import load_generation
 from llavakit.checkpoint.load import load_config, load_core
 from llavakit.engine.loop import run_requests
-from llavakit.engine.request import Request, TokenEvent
-from llavakit.errors import CheckpointError, ConfigError
+from llavakit.engine.request import Request, Terms, TokenEvent
+from llavakit.errors import ConfigError, PromptError
 from llavakit.logs import logger
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.text import TextProcessor
 from llavakit.storage.hub import resolve_model
 from llavakit.types import Completion, Conversation, SamplingParams
 
@@ -31,13 +33,20 @@ MINIATURE = Path(__file__).parent.parent / "assets" / "miniature"
 """The embedded model that answers when none is named."""
 
 
-class LLM:
-    """A model with its processor, ready to answer."""
+Processor = LlavaProcessor | TextProcessor
 
-    def __init__(self, core: LlamaCore | LlavaCore, processor: LlavaProcessor, *, max_batch: int = 32) -> None:
+
+class LLM:
+    """A model with its processor, ready to answer: LLaVA, or a language model alone."""
+
+    def __init__(
+        self, core: LlamaCore | LlavaCore, processor: Processor, *, max_batch: int = 32, end_ids: frozenset[int] | None = None
+    ) -> None:
+        """Take the parts; end_ids come from the configuration unless they are given, and the processor's are added."""
         if max_batch < 1:
             raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
         self.core, self.processor, self.max_batch = core, processor, max_batch
+        self.end_ids = processor.end_ids | (core.text_config.end_ids() if end_ids is None else end_ids)
 
     @classmethod
     def load(
@@ -47,24 +56,28 @@ class LLM:
         dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
         device: str = "auto",
         max_batch: int = 32,
+        preprocess: Literal["auto", "crop", "pad"] = "auto",
+        revision: str | None = None,
+        allow_pickle: bool = False,
     ) -> Self:
         """Load a folder or hub id; without one the embedded miniature.
 
-        auto picks CUDA where there is one, and the files' dtype (bfloat16 for float16 files on a CPU, which is slow in float16).
-        Raises: CheckpointError, ConfigError.
+        auto picks CUDA where there is one, the files' dtype (bfloat16 for float16 files on a CPU, which is slow in float16), and the
+        files' preprocessing, saying where that is not what the weights were trained with. Raises: CheckpointError, ConfigError.
         """
-        folder = resolve_model(model)
-        if not isinstance(load_config(folder), LlavaConfig):
-            raise CheckpointError(f"{folder} is a language model without a vision tower; load it with LlamaForCausalLM")
+        folder = resolve_model(model, revision=revision, allow_pickle=allow_pickle)
+        config = load_config(folder)
         if dtype != "auto" and dtype not in _DTYPES:
             raise ConfigError(f"dtype must be auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        core = load_core(folder, dtype=_DTYPES.get(dtype), device=device)
+        is_vision = isinstance(config, LlavaConfig)
+        processor = _chosen(LlavaProcessor.from_pretrained(folder), preprocess) if is_vision else TextProcessor.from_pretrained(folder)
+        core = load_core(folder, dtype=_DTYPES.get(dtype), device=device, allow_pickle=allow_pickle)
         if dtype == "auto" and device == "cpu" and next(core.parameters()).dtype == torch.float16:
             _LOG.warning("running float16 weights in bfloat16 on this CPU; choose dtype float32 for more exact answers")
             core = core.to(torch.bfloat16)
-        return cls(core, LlavaProcessor.from_pretrained(folder), max_batch=max_batch)
+        return cls(core, processor, max_batch=max_batch, end_ids=config.get_text_config().end_ids() | load_generation(folder).end_ids)
 
     @overload
     def chat(self, conversations: Conversation, params: SamplingParams | None = None) -> Completion: ...
@@ -76,27 +89,49 @@ class LLM:
         """Answer one conversation, or many in batches; the order is kept. Raises: PromptError, ImageError."""
         if isinstance(conversations, Conversation):
             return self.chat([conversations], params)[0]
+        params = SamplingParams() if params is None else params
+        # Draws are requests of their own, a search is one.
+        num_each = params.n if params.num_beams == 1 else 1
         completions: list[Completion] = []
-        for start in range(0, len(conversations), self.max_batch):
-            requests = [self._request(conversation, params) for conversation in conversations[start : start + self.max_batch]]
+        for start in range(0, len(conversations), max(1, self.max_batch // num_each)):
+            asked = conversations[start : start + max(1, self.max_batch // num_each)]
+            requests = [self._request(conversation, params, draw) for conversation in asked for draw in range(num_each)]
             for _ in run_requests(self.core, requests):
                 pass
-            completions += [request.completion() for request in requests]
+            answers = [request.completion() for request in requests]
+            if num_each == 1:
+                completions += answers
+            else:
+                groups = (answers[first : first + num_each] for first in range(0, len(answers), num_each))
+                completions += [replace(first, others=tuple(others)) for first, *others in groups]
         return completions
 
     def stream(self, conversation: Conversation, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Answer one conversation token by token; the last event holds the completion."""
+        """Answer one conversation token by token; the last event holds the completion. Raises: PromptError for n above 1."""
+        params = SamplingParams() if params is None else params
+        if params.n > 1:
+            raise PromptError("a stream holds one answer; set n to 1, or use chat")
         return run_requests(self.core, [self._request(conversation, params)])
 
-    def _request(self, conversation: Conversation, params: SamplingParams | None) -> Request:
-        context_len = self.core.text_config.max_position_embeddings
-        params = SamplingParams() if params is None else params
-        if not params.ignore_eos:
-            params = replace(params, stop=(*params.stop, *self.processor.template.stops))
-        return Request(
-            self.processor.prompt(conversation, max_len=context_len - 1),
-            params,
+    def _request(self, conversation: Conversation, params: SamplingParams, draw: int = 0) -> Request:
+        context_len = self.core.text_config.context_len
+        if draw and params.seed is not None:
+            params = replace(params, seed=params.seed + draw)
+        terms = Terms(
             context_len=context_len,
-            end_ids=self.processor.end_ids,
+            end_ids=self.end_ids,
             tokenizer=self.processor.tokenizer,
+            stops=self.processor.template.stops,
         )
+        return Request(self.processor.prompt(conversation, max_len=context_len - 1), params, terms)
+
+
+def _chosen(processor: LlavaProcessor, preprocess: Literal["auto", "crop", "pad"]) -> LlavaProcessor:
+    """Return the processor with the preprocessing asked for, or say where the files' own differs from training."""
+    if preprocess == "auto":
+        if (note := processor.preprocessing_note) is not None:
+            _LOG.warning("%s; preprocess=pad does as in training", note)
+        return processor
+    if processor.image_processor.aspect not in ("crop", "pad"):
+        raise ConfigError(f"preprocess {preprocess!r} does not fit a model whose pictures are {processor.image_processor.aspect}")
+    return replace(processor, image_processor=replace(processor.image_processor, aspect=preprocess))

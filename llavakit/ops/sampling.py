@@ -1,29 +1,62 @@
 """Choosing the next token from logits.
 
-Owns: the filters in transformers' order (temperature, top-k, top-p) and the draw. Pure but for the generator's state.
+Owns: what changes scores (repetition penalty, repeated n-grams, early ends), the filters of sampling (temperature, top-k, top-p,
+min-p), all in transformers' order, and the draw. Pure but for the generator's state.
 Legend: V vocabulary
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from llavakit.types import SamplingParams
 
-__all__ = ["sample", "token_probabilities"]
+__all__ = ["adjust", "changes_scores", "sample", "token_probabilities"]
 
 
-def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+def changes_scores(params: SamplingParams) -> bool:
+    """Whether adjust() can change anything: where not, the most likely token is that of the bare logits."""
+    return params.repetition_penalty != 1 or params.no_repeat_ngram_size > 0 or params.min_tokens > 0
+
+
+def adjust(scores_V: Tensor, params: SamplingParams, ids: Sequence[int], num_new: int, end_ids: Collection[int]) -> Tensor:
+    """Return float32 scores after penalties; ids are prompt and answer so far, num_new of them the answer's."""
+    scores = scores_V.float()
+    size = scores.numel()
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted({index for index in ids if index < size}), device=scores.device)
+        values = scores[seen]
+        values = torch.where(values < 0, values * params.repetition_penalty, values / params.repetition_penalty)
+        scores = scores.index_copy(0, seen, values)
+    banned = _repeating(ids, params.no_repeat_ngram_size)
+    if num_new < params.min_tokens:
+        banned |= set(end_ids)
+    if banned := {index for index in banned if index < size}:
+        scores = scores.index_fill(0, torch.tensor(sorted(banned), device=scores.device), -torch.inf)
+    return scores
+
+
+def _repeating(ids: Sequence[int], length: int) -> set[int]:
+    """Find the tokens that would complete an n-gram of this length for the second time."""
+    if length == 0 or len(ids) + 1 < length:
+        return set()
+    tail = tuple(ids[len(ids) - length + 1 :])
+    return {ids[start + length - 1] for start in range(len(ids) - length + 1) if tuple(ids[start : start + length - 1]) == tail}
+
+
+def sample(scores_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """Choose one token: the most likely at temperature 0, else a draw from token_probabilities."""
     if params.temperature == 0:
-        return int(logits_V.argmax())
-    return int(torch.multinomial(token_probabilities(logits_V, params), 1, generator=generator))
+        return int(scores_V.argmax())
+    return int(torch.multinomial(token_probabilities(scores_V, params), 1, generator=generator))
 
 
-def token_probabilities(logits_V: Tensor, params: SamplingParams) -> Tensor:
-    """Return the float32 distribution after temperature, top-k and top-p."""
-    scores = logits_V.float() / params.temperature
+def token_probabilities(scores_V: Tensor, params: SamplingParams) -> Tensor:
+    """Return the float32 distribution after temperature, top-k, top-p and min-p."""
+    scores = scores_V.float() / params.temperature
     if 0 < params.top_k < scores.numel():
         scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
     if params.top_p < 1:
@@ -31,4 +64,7 @@ def token_probabilities(logits_V: Tensor, params: SamplingParams) -> Tensor:
         is_cut = ordered.softmax(-1).cumsum(-1) <= 1 - params.top_p
         is_cut[-1] = False
         scores = scores.masked_fill(torch.zeros_like(is_cut).scatter(0, order, is_cut), -torch.inf)
+    if params.min_p > 0:
+        shares = scores.softmax(-1)
+        scores = scores.masked_fill(shares < params.min_p * shares.max(), -torch.inf)
     return scores.softmax(-1)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from llavakit.checkpoint.card import CardFacts, build_card, choose_licence
+from llavakit.checkpoint.generation import GenerationDefaults, load_generation
 from llavakit.checkpoint.hf import SideFiles, save_folder
 from llavakit.checkpoint.load import load_config, load_weights
 from llavakit.errors import CheckpointError, ConfigError
@@ -47,6 +48,8 @@ class PretrainedFiles(nn.Module):
     config: Any
     source: ModelSource | None = None
     """Where from_pretrained found it; None for a fresh model."""
+    generation: GenerationDefaults = GenerationDefaults()
+    """What its generation_config.json says."""
 
     @classmethod
     def from_pretrained(
@@ -93,6 +96,7 @@ class PretrainedFiles(nn.Module):
             built = cls(config)
         load_weights(built, folder, dtype=chosen_dtype, device=chosen_device, allow_pickle=allow_pickle)
         built.source = ModelSource(str(model), folder)
+        built.generation = load_generation(folder)
         return built.eval()
 
     def save_pretrained(

@@ -1,95 +1,240 @@
-"""generate() of the public classes: transformers' arguments in front of the engine's loop."""
+"""generate() of the public classes: transformers' arguments in front of the engine's loop.
+
+Owns: what each argument means, and which of them a checkpoint's generation_config.json answers where the caller does not.
+Legend: B rows  S positions  D model width
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from llavakit.checkpoint.generation import GenerationDefaults
 from llavakit.engine.loop import run_requests
-from llavakit.engine.request import Request
+from llavakit.engine.request import Request, ScoreHook, Terms
 from llavakit.errors import InputError
 from llavakit.model.llava_config import LlavaConfig
+from llavakit.pretrained.inputs import Batch, check_batch
+from llavakit.pretrained.outputs import GenerateOutput
 from llavakit.pretrained.pictures import Pictures, gather
 from llavakit.pretrained.splice import splice
 from llavakit.processing.processor import Prompt
-from llavakit.types import SamplingParams
+from llavakit.types import Completion, SamplingParams
 
-__all__ = ["Generation"]
+__all__ = ["Generation", "Streamer"]
 
 _MAX_NEW_TOKENS = 20  # transformers' default
+_TOP_K = 50  # and this, for draws
+_T = TypeVar("_T")
+
+
+class Streamer(Protocol):
+    """What transformers' TextStreamer is: it is handed the prompt's ids, then each new one."""
+
+    def put(self, value: Tensor) -> None:
+        """Take ids."""
+
+    def end(self) -> None:
+        """Know that there are no more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Prompts:
+    """The rows of a call without padding, and the ids that come back before the new ones."""
+
+    rows: list[Prompt]
+    embeds: list[Tensor | None]
+    head_BS: Tensor
+    width: int
+    """Positions of a padded row."""
 
 
 class Generation(nn.Module):
     """Generation for a class that is a packed core."""
 
     config: Any
+    generation: GenerationDefaults
 
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         *,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         images: Tensor | Sequence[Tensor] | None = None,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Tensor | Sequence[Sequence[int]] | None = None,
-        max_new_tokens: int = _MAX_NEW_TOKENS,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 50,
-        top_p: float = 1.0,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        min_new_tokens: int | None = None,
+        min_length: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        no_repeat_ngram_size: int = 0,
+        num_beams: int = 1,
+        num_return_sequences: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
         seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
-    ) -> Tensor:
+        logits_processor: Sequence[ScoreHook] = (),
+        streamer: Streamer | None = None,
+        return_dict_in_generate: bool = False,
+    ) -> Any:
         """Continue [B, S] ids and return prompt and new ids, shorter rows filled up with the pad id on the right.
 
-        Pictures (see pictures.gather) belong to the image ids in order over the batch; prompts come back expanded. Padding may lie on
-        either side. Row i draws from its own generator, seeded with seed + i. Raises: InputError, PromptError.
-        """
-        pictures = None
-        if isinstance(self.config, LlavaConfig):
-            pictures = gather(self.config, images=images, pixel_values=pixel_values, image_sizes=image_sizes)
-        elif images is not None or pixel_values is not None:
-            raise InputError("this model is a language model without a vision tower; call generate without pictures")
-        prompts, input_ids = self._prompts(input_ids, attention_mask, pictures)
-        text = self.config.get_text_config()
-        end_ids = text.end_ids() if eos_token_id is None else frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
-        requests = [
-            Request(
-                prompt,
-                _sampling(max_new_tokens, None if not do_sample else (temperature, top_k, top_p), None if seed is None else seed + row),
-                context_len=text.context_len,
-                end_ids=end_ids,
-                tokenizer=None,
-            )
-            for row, prompt in enumerate(prompts)
-        ]
-        for _ in run_requests(self, requests):  # type: ignore[arg-type]
-            pass
-        fill = next((pad for pad in (pad_token_id, self.config.pad_token_id, min(end_ids, default=None)) if pad is not None), 0)
-        width = max(len(request.ids) for request in requests)
-        new = [request.ids + [fill] * (width - len(request.ids)) for request in requests]
-        return torch.cat((input_ids, torch.tensor(new, device=input_ids.device)), 1)
+        Returns a tensor of ids, or with return_dict_in_generate a GenerateOutput that holds it.
 
-    def _prompts(self, input_ids: Tensor, attention_mask: Tensor | None, pictures: Pictures | None) -> tuple[list[Prompt], Tensor]:
-        """Cut the batch into prompts without padding, each with its own pictures; returns them and the expanded ids."""
-        mask, image_id, counts = attention_mask, -1, pictures.counts if pictures is not None else ()
+        Pictures (see pictures.gather) belong to the image ids in order over the batch; prompts come back expanded. Padding may lie on
+        either side. With inputs_embeds [B, S, D] only new ids come back. max_length and min_length count the padded prompt. With
+        num_return_sequences each row comes back so many times. Row i draws from its own generator, seeded with seed + i.
+        logits_processor holds callables (ids [1, T], scores [1, V]) -> scores. The cache is always used; ids do not depend on it.
+        Raises: InputError, PromptError.
+        """
+        if streamer is not None and num_beams > 1:
+            raise InputError("a streamer needs tokens as they come, a beam search knows them at its end; set num_beams to 1")
+        given = self.generation
+        pictures = self._pictures(images, pixel_values, image_sizes)
+        prompts = self._prompts(input_ids, inputs_embeds, attention_mask, pictures)
+        is_drawn = _first(do_sample, given.do_sample, default=False)
+        params = SamplingParams(
+            max_tokens=_new_tokens(max_new_tokens, max_length, prompts.width, _MAX_NEW_TOKENS),
+            min_tokens=max(0, _new_tokens(min_new_tokens, min_length, prompts.width, 0)),
+            temperature=_first(temperature, given.temperature, default=1.0) if is_drawn else 0.0,
+            top_k=_first(top_k, given.top_k, default=_TOP_K) if is_drawn else 0,
+            top_p=_first(top_p, given.top_p, default=1.0) if is_drawn else 1.0,
+            min_p=_first(min_p, None, default=0.0) if is_drawn else 0.0,
+            repetition_penalty=_first(repetition_penalty, given.repetition_penalty, default=1.0),
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            n=num_return_sequences,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+        )
+        ends = self._end_ids(eos_token_id)
+        completions = self._run(prompts, params, ends, _Calls(tuple(logits_processor), seed, streamer))
+        pads = (pad_token_id, given.pad_token_id, self.config.pad_token_id, min(ends, default=None))
+        fill = next((pad for pad in pads if pad is not None), 0)
+        sequences = _joined(prompts.head_BS.repeat_interleave(num_return_sequences, 0), completions, fill)
+        if not return_dict_in_generate:
+            return sequences
+        scores = [completion.score for completion in completions if completion.score is not None]
+        return GenerateOutput(sequences=sequences, sequences_scores=torch.tensor(scores) if scores else None)
+
+    def _run(self, prompts: _Prompts, params: SamplingParams, end_ids: frozenset[int], calls: _Calls) -> list[Completion]:
+        """Answer every row, as often as asked, in order."""
+        num_each = params.n if params.num_beams == 1 else 1
+        context_len = self.config.get_text_config().context_len
+        requests: list[Request] = []
+        for prompt, embeds in zip(prompts.rows, prompts.embeds, strict=True):
+            terms = Terms(context_len=context_len, end_ids=end_ids, hooks=calls.hooks, embeds_TD=embeds)
+            requests += [Request(prompt, calls.seeded(params, len(requests) + draw), terms) for draw in range(num_each)]
+        if calls.streamer is not None and len(requests) != 1:
+            raise InputError(f"a streamer takes one row, got {len(requests)}; call generate row by row")
+        if calls.streamer is not None:
+            calls.streamer.put(prompts.head_BS.cpu())
+        for event in run_requests(self, requests):  # type: ignore[arg-type]
+            if calls.streamer is not None:
+                calls.streamer.put(torch.tensor([event.token]))
+        if calls.streamer is not None:
+            calls.streamer.end()
+        answers = (request.completion() for request in requests)
+        return [one for answer in answers for one in (answer, *answer.others)]
+
+    def _end_ids(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+        if eos_token_id is None:
+            return self.generation.end_ids or self.config.get_text_config().end_ids()
+        return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+
+    def _pictures(self, images: Any, pixel_values: Any, image_sizes: Any) -> Pictures | None:
         if isinstance(self.config, LlavaConfig):
+            return gather(self.config, images=images, pixel_values=pixel_values, image_sizes=image_sizes)
+        if images is not None or pixel_values is not None:
+            raise InputError("this model is a language model without a vision tower; call generate without pictures")
+        return None
+
+    def _prompts(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None, pictures: Pictures | None
+    ) -> _Prompts:
+        """Cut the batch into prompts without padding, each with its own pictures."""
+        mask, image_id, counts = attention_mask, -1, pictures.counts if pictures is not None else ()
+        if isinstance(self.config, LlavaConfig) and input_ids is not None:
             image_id = self.config.image_token_index
             spliced = splice(input_ids, mask, None, image_id=image_id, counts=counts)
             input_ids, mask = spliced.ids_BS, spliced.attention_mask
+        batch = Batch(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=None, past=None)
+        check_batch(batch, self.config.get_text_config())
+        if input_ids is None:
+            assert inputs_embeds is not None
+            return _prompts_of_embeds(inputs_embeds, mask, pictures)
         keep = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-        if not bool(keep.any(1).all()):
-            raise InputError("attention_mask hides a whole row; every row needs a token to continue")
+        _check_rows(keep)
         rows = [ids_S[keep_S].tolist() for ids_S, keep_S in zip(input_ids, keep, strict=True)]
-        if pictures is None:
-            return [Prompt(tuple(ids), (False,) * len(ids), torch.empty(0, 3, 1, 1)) for ids in rows], input_ids
-        shares = pictures.split(_num_pictures([ids.count(image_id) for ids in rows], counts))
+        nothing = Pictures(torch.empty(0, 3, 1, 1), ())
+        shares = [nothing] * len(rows)
+        if pictures is not None:
+            shares = pictures.split(_num_pictures([ids.count(image_id) for ids in rows], counts))
         prompts = [Prompt(tuple(ids), (False,) * len(ids), own.tiles_N3SS, own.grids) for ids, own in zip(rows, shares, strict=True)]
-        return prompts, input_ids
+        return _Prompts(rows=prompts, embeds=[None] * len(rows), head_BS=input_ids, width=input_ids.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """What a caller wants called, and the seed of its draws."""
+
+    hooks: tuple[ScoreHook, ...]
+    seed: int | None
+    streamer: Streamer | None
+
+    def seeded(self, params: SamplingParams, number: int) -> SamplingParams:
+        """Give a row its own seed; n is counted outside."""
+        is_search = params.num_beams > 1
+        return replace(params, n=params.n if is_search else 1, seed=None if self.seed is None else self.seed + number)
+
+
+def _first(asked: _T | None, given: _T | None, *, default: _T) -> _T:
+    """Return the caller's value, else the checkpoint's, else the default."""
+    return asked if asked is not None else given if given is not None else default
+
+
+def _new_tokens(new: int | None, total: int | None, width: int, default: int) -> int:
+    """Count new tokens from either spelling; max_new_tokens comes before max_length."""
+    if new is not None:
+        return new
+    return default if total is None else total - width
+
+
+def _prompts_of_embeds(inputs_embeds: Tensor, mask: Tensor | None, pictures: Pictures | None) -> _Prompts:
+    if pictures is not None:
+        raise InputError("pictures go where input_ids have image ids; inputs_embeds hold their features already")
+    keep = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device) if mask is None else mask.bool()
+    _check_rows(keep)
+    embeds: list[Tensor | None] = [x_SD[keep_S] for x_SD, keep_S in zip(inputs_embeds, keep, strict=True)]
+    lengths = keep.sum(1).tolist()
+    rows = [Prompt((0,) * length, (False,) * length, torch.empty(0, 3, 1, 1)) for length in lengths]
+    head_BS = torch.empty(len(rows), 0, dtype=torch.int64, device=inputs_embeds.device)
+    return _Prompts(rows=rows, embeds=embeds, head_BS=head_BS, width=0)
+
+
+def _check_rows(keep_BS: Tensor) -> None:
+    if not bool(keep_BS.any(1).all()):
+        raise InputError("attention_mask hides a whole row; every row needs a token to continue")
+
+
+def _joined(head_BS: Tensor, completions: Sequence[Completion], fill: int) -> Tensor:
+    """Put prompts and new ids side by side, shorter rows filled up."""
+    width = max(len(completion.ids) for completion in completions)
+    new = [(*completion.ids, *[fill] * (width - len(completion.ids))) for completion in completions]
+    return torch.cat((head_BS, torch.tensor(new, device=head_BS.device)), 1)
 
 
 def _num_pictures(places: Sequence[int], counts: Sequence[int]) -> list[int]:
@@ -103,11 +248,3 @@ def _num_pictures(places: Sequence[int], counts: Sequence[int]) -> list[int]:
             raise InputError(f"row {row} has {wanted} image positions, its {share} pictures give {filled}; build it with the processor")
         shares.append(share)
     return shares
-
-
-def _sampling(max_new_tokens: int, drawn: tuple[float, int, float] | None, seed: int | None) -> SamplingParams:
-    """Translate transformers' arguments into the loop's."""
-    if drawn is None:
-        return SamplingParams(max_tokens=max_new_tokens)
-    temperature, top_k, top_p = drawn
-    return SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["BaseModelOutputWithPast", "Cache", "CausalLMOutputWithPast", "ModelOutput"]
+__all__ = ["BaseModelOutputWithPast", "Cache", "CausalLMOutputWithPast", "GenerateOutput", "ModelOutput"]
 
 Cache = tuple[tuple[Tensor, Tensor], ...]
 """Per layer the keys (rotated) and values so far, each [B, K, C, H]."""
@@ -49,3 +49,11 @@ class CausalLMOutputWithPast(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateOutput(ModelOutput):
+    """Output of generate with return_dict_in_generate: ids, and the scores of a beam search's answers."""
+
+    sequences: Tensor
+    sequences_scores: Tensor | None = None

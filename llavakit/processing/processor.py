@@ -85,6 +85,8 @@ class LlavaProcessor:
     limits: ImageLimits = DEFAULT_LIMITS
     is_faithful: bool = False
     """Decode pictures as original LLaVA does (no rotation, transparency dropped), as evaluation wants it."""
+    preprocessing_note: str | None = None
+    """What the files do to pictures that training did not, in one line; None where they agree."""
     _memo: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
@@ -234,10 +236,12 @@ class LlavaProcessor:
         image_token_id = _first(int, -1 if known is None else known, (config, "image_token_index"), (config, "image_token_id"))
         if image_token_id not in tokenizer.added_tokens.values():
             raise CheckpointError(f"{folder}: image token {image_token_id} is not one of the tokenizer's added tokens; add it as {mark}")
+        images = ImageProcessor.from_dict(image)
         strategy = _first(str, "default", *((table, "vision_feature_select_strategy") for table in (config, processor)))
         return cls(
             tokenizer=tokenizer,
-            image_processor=ImageProcessor.from_dict(image),
+            image_processor=images,
+            preprocessing_note=_preprocessing_note(config, images),
             template=template_of_checkpoint(folder, named=template).template,
             image_token_id=image_token_id,
             patch_size=_first(int, 14, (processor, "patch_size"), (config.get("vision_config", {}), "patch_size")),
@@ -275,6 +279,14 @@ def _split_marks(text: str, mark: str) -> list[str]:
     """Cut a text around every mark; the marks are parts of their own."""
     parts = text.split(mark)
     return [part for text_part in parts[:-1] for part in (text_part, mark)] + parts[-1:]
+
+
+def _preprocessing_note(config: Mapping[str, Any], images: ImageProcessor) -> str | None:
+    """Know LLaVA-1.5 by its parts (one tile, CLIP, an MLP): it was trained on padded pictures, and most of its files crop."""
+    is_clip = config.get("vision_config", {}).get("model_type", "clip_vision_model") == "clip_vision_model"
+    if config.get("model_type") == "llava" and is_clip and config.get("mm_projector_type") is None and images.aspect == "crop":
+        return "the checkpoint's files crop the middle square of a picture, but LLaVA-1.5 was trained on pictures padded to a square"
+    return None
 
 
 def _chat_files(template: ChatTemplate) -> dict[str, bytes]:

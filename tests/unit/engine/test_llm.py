@@ -1,5 +1,7 @@
 """LLM: what it loads and refuses, and that batches keep the order."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +9,14 @@ import pytest
 import torch
 
 from llavakit.engine.llm import LLM
-from llavakit.errors import CheckpointError, ConfigError
+from llavakit.errors import ConfigError, PromptError
+from llavakit.model.llava import LlavaCore
+from llavakit.processing.image import ImageProcessor
+from llavakit.processing.processor import LlavaProcessor
 from llavakit.types import Conversation, SamplingParams
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
-from tests.tiny import llama, llava, save_llava
+from tests.tiny import llama, llava, save_llava, tiny_processor, tiny_tokenizer
 
 PICTURE = to_png(render(Scene((), Backdrop("plain", (9, 99, 199), (0, 0, 0), 0)), 30, 20))
 SHORT = SamplingParams(max_tokens=6)
@@ -58,16 +63,70 @@ def test_the_dtype_asked_for_is_what_runs(folder: Path, dtype: str) -> None:
 
 def test_float16_files_run_in_bfloat16_on_a_cpu_and_that_is_said(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = llava().half()
-    model.save_pretrained(tmp_path / "half", processor=LLM.load(folder).processor)
+    model.save_pretrained(tmp_path / "half", processor=LlavaProcessor.from_pretrained(folder))
     assert next(LLM.load(tmp_path / "half", device="cpu").core.parameters()).dtype == torch.bfloat16
     assert "running float16 weights in bfloat16" in caplog.text
 
 
 def test_what_cannot_answer_about_pictures_is_refused(tmp_path: Path, folder: Path) -> None:
-    llama().save_pretrained(tmp_path / "text")
-    with pytest.raises(CheckpointError, match="without a vision tower; load it with LlamaForCausalLM"):
-        LLM.load(tmp_path / "text")
+    llama().save_pretrained(tmp_path / "text", tokenizer=tiny_tokenizer())
+    with pytest.raises(PromptError, match="without a vision tower; ask without a picture"):
+        LLM.load(tmp_path / "text", device="cpu").chat(Conversation.ask("what?", PICTURE))
     with pytest.raises(ConfigError, match="dtype must be auto or one of float32"):
         LLM.load(folder, dtype="int4")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_batch must be at least 1, got 0"):
         LLM.load(folder, max_batch=0)
+
+
+def test_a_language_model_alone_answers_through_its_template(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path, tokenizer=tiny_tokenizer())
+    llm = LLM.load(tmp_path, device="cpu")
+    answer = llm.chat(Conversation.ask("Is there a ring?"), SHORT)
+    ids = llm.processor.prompt(Conversation.ask("Is there a ring?")).ids
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=len(answer.ids))[0, len(ids) :].tolist()
+    assert list(answer.ids) == expected
+
+
+def test_end_ids_of_generation_config_end_answers_too(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    llm = LLM.load(folder, device="cpu", dtype="float32")
+    ids = llm.chat(Conversation.ask("what?", PICTURE), SamplingParams(max_tokens=8, ignore_eos=True)).ids
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, ids[3]]}))
+    other = LLM.load(tmp_path / "model", device="cpu", dtype="float32")
+    ended = other.chat(Conversation.ask("what?", PICTURE), SamplingParams(max_tokens=8))
+    assert ended.ids == ids[: ids.index(ids[3]) + 1]
+    assert ended.finish_reason == "stop"
+
+
+def test_several_answers_are_drawn_with_seeds_in_a_row(folder: Path) -> None:
+    llm = LLM.load(folder, device="cpu", dtype="float32")
+    params = SamplingParams(max_tokens=6, temperature=20.0, seed=5, ignore_eos=True)
+    together = llm.chat(Conversation.ask("what?", PICTURE), replace(params, n=3))
+    alone = [llm.chat(Conversation.ask("what?", PICTURE), replace(params, seed=5 + draw)).ids for draw in range(3)]
+    assert [together.ids, *(other.ids for other in together.others)] == alone
+    assert len(set(alone)) == 3
+    with pytest.raises(PromptError, match="a stream holds one answer"):
+        llm.stream(Conversation.ask("what?", PICTURE), replace(params, n=2))
+
+
+def test_rows_beyond_the_tokenizer_are_never_chosen(folder: Path) -> None:
+    llm = LLM.load(folder, device="cpu", dtype="float32")
+    num_ids = len(llm.processor.tokenizer)
+    assert num_ids < llm.core.text_config.vocab_size
+    assert isinstance(llm.core, LlavaCore)
+    llm.core.language_model.lm_head.weight.data[num_ids:] *= 1e3
+    for temperature in (0.0, 5.0):
+        answer = llm.chat(Conversation.ask("what?", PICTURE), SamplingParams(max_tokens=8, temperature=temperature, seed=0))
+        assert max(answer.ids) < num_ids
+
+
+def test_preprocessing_is_the_files_own_unless_asked_otherwise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    llava().save_pretrained(tmp_path, processor=tiny_processor(image_processor=ImageProcessor(size_px=28, crop_px=28, aspect="crop")))
+    LLM.load(tmp_path, device="cpu")
+    assert "LLaVA-1.5 was trained on pictures padded to a square; preprocess=pad does as in training" in caplog.text
+    caplog.clear()
+    padded = LLM.load(tmp_path, device="cpu", preprocess="pad")
+    assert isinstance(padded.processor, LlavaProcessor)
+    assert padded.processor.image_processor.aspect == "pad"
+    assert not caplog.text

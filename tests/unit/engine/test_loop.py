@@ -11,7 +11,7 @@ import torch
 
 from llavakit.engine.llm import LLM
 from llavakit.engine.loop import run_requests
-from llavakit.engine.request import Request
+from llavakit.engine.request import Request, Terms
 from llavakit.errors import PromptError
 from llavakit.model.llava import LlavaCore
 from llavakit.ops.attention import Packed
@@ -52,7 +52,7 @@ def recompute(conversation: Conversation, steps: int) -> list[int]:
         for _ in range(steps):
             x_TD = core.embed(torch.tensor(ids), features)
             h_TD = core.forward_packed(x_TD, torch.arange(len(ids)), Packed(torch.tensor([0, len(ids)])))
-            ids.append(int(core.logits(h_TD[-1:]).argmax()))
+            ids.append(int(core.logits(h_TD[-1:])[:, : len(llm.processor.tokenizer)].argmax()))
     return ids[len(prompt.ids) :]
 
 
@@ -75,9 +75,7 @@ def test_rows_that_end_early_leave_the_others_unchanged() -> None:
         Request(
             llm.processor.prompt(conversation),
             dataclasses.replace(LONG, max_tokens=3 + 5 * row),
-            context_len=256,
-            end_ids=frozenset(),
-            tokenizer=llm.processor.tokenizer,
+            Terms(context_len=256, end_ids=frozenset(), tokenizer=llm.processor.tokenizer),
         )
         for row, conversation in enumerate(CONVERSATIONS)
     ]

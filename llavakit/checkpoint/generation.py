@@ -1,0 +1,55 @@
+"""generation_config.json: how a checkpoint's authors meant it to generate.
+
+Owns: GenerationDefaults and load_generation. Fields that are not known here are left out, as they are in the file for other programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llavakit.errors import CheckpointError
+from llavakit.storage.documents import read_optional_json
+
+__all__ = ["GenerationDefaults", "load_generation"]
+
+_NAME = "generation_config.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationDefaults:
+    """What the file says; None or empty where it says nothing."""
+
+    end_ids: frozenset[int] = frozenset()
+    pad_token_id: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+def load_generation(folder: Path) -> GenerationDefaults:
+    """Read the file of a folder; an absent one says nothing. Raises: CheckpointError for values of another type."""
+    values = read_optional_json(folder / _NAME)
+
+    def read(name: str, *kinds: type) -> Any:
+        value = values.get(name)
+        if value is None or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))):
+            return value
+        raise CheckpointError(f"{folder / _NAME} has {name}={value!r}; expected {' or '.join(kind.__name__ for kind in kinds)}")
+
+    ends = read("eos_token_id", int, list)
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int) for end in ends):
+        raise CheckpointError(f"{folder / _NAME} has eos_token_id={ends!r}; expected ids")
+    return GenerationDefaults(
+        end_ids=frozenset(ends),
+        pad_token_id=read("pad_token_id", int),
+        do_sample=read("do_sample", bool),
+        temperature=read("temperature", float, int),
+        top_k=read("top_k", int),
+        top_p=read("top_p", float, int),
+        repetition_penalty=read("repetition_penalty", float, int),
+    )

@@ -1,0 +1,60 @@
+"""TextProcessor: what LlavaProcessor is to LLaVA, for a language model without pictures.
+
+Owns: prompts of conversations through the checkpoint's own chat template. Refuses: pictures, cutting prompts.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from llavakit.errors import PromptError
+from llavakit.processing.chat import ChatTemplate
+from llavakit.processing.processor import Prompt
+from llavakit.processing.segments import MarkerIds, encode_segments
+from llavakit.processing.template_choice import template_of_checkpoint
+from llavakit.processing.tokenizer.load import load_tokenizer
+from llavakit.processing.tokenizer.vocabulary import Tokenizer
+from llavakit.types import Conversation
+
+__all__ = ["TextProcessor"]
+
+_NO_IMAGE = -1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextProcessor:
+    """Tokenizer and chat template of a language model."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+    @functools.cached_property
+    def markers(self) -> MarkerIds:
+        """The ids of the template's markers. Raises: CheckpointError where the tokenizer lacks one."""
+        return self.template.markers(self.tokenizer, _NO_IMAGE)
+
+    @functools.cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the tokenizer's eos and the template's end tokens."""
+        ends = frozenset(self.markers.tokens[token] for token in self.template.end_tokens)
+        return ends if self.markers.eos is None else ends | {self.markers.eos}
+
+    def prompt(self, conversation: Conversation, *, add_generation_prompt: bool = True, max_len: int | None = None) -> Prompt:
+        """Build the prompt of a conversation. Raises: PromptError for pictures, and when it exceeds max_len tokens."""
+        if conversation.images:
+            raise PromptError("this model is a language model without a vision tower; ask without a picture")
+        segments = self.template.segments(conversation, add_generation_prompt=add_generation_prompt)
+        encoded = encode_segments(segments, self.tokenizer.encode_text, self.markers, ())
+        if max_len is not None and len(encoded.ids) > max_len:
+            raise PromptError(f"the prompt has {len(encoded.ids)} tokens, at most {max_len} fit; shorten the conversation")
+        return Prompt(encoded.ids, encoded.loss_mask, torch.empty(0, 3, 1, 1))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, template: ChatTemplate | None = None) -> Self:
+        """Load the tokenizer of a folder, and the template that its content tells unless one is given. Raises: CheckpointError."""
+        return cls(tokenizer=load_tokenizer(folder), template=template_of_checkpoint(Path(folder), named=template).template)
