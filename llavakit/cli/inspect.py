@@ -12,6 +12,7 @@ from llavakit.checkpoint.load import load_config
 from llavakit.geometry import num_image_tokens
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.text import TextProcessor
 from llavakit.storage.folder import read_manifest
 from llavakit.storage.hub import resolve_model
 from llavakit.storage.tensors import TensorFolder
@@ -56,6 +57,8 @@ def inspect(path: str, *, revision: str | None = None, json: bool = False) -> No
     )
     if isinstance(config, LlavaConfig):
         facts |= _vision_facts(config, LlavaProcessor.from_pretrained(folder))
+    elif any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        facts["template"] = TextProcessor.from_pretrained(folder).template.name
     if json:
         sys.stdout.write(json_format.dumps(facts, indent=2) + "\n")
     else:

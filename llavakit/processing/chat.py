@@ -94,6 +94,11 @@ class ChatTemplate:
         tokens = {name: find_marker(tokenizer, name, self.name) for name in names}
         return MarkerIds(image_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokens, self.has_bos)
 
+    def end_ids(self, markers: MarkerIds) -> frozenset[int]:
+        """Return the ids that end an answer: the tokenizer's eos and this template's end tokens."""
+        ends = frozenset(markers.tokens[token] for token in self.end_tokens)
+        return ends if markers.eos is None else ends | {markers.eos}
+
 
 def find_template(name: str) -> ChatTemplate:
     """Look up a template by our name or by LLaVA's. Raises: ConfigError listing the names."""

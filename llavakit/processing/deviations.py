@@ -16,6 +16,7 @@ from llavakit.errors import CheckpointError
 from llavakit.processing.chat import TEMPLATES, ChatTemplate
 from llavakit.processing.sandbox import render_jinja
 from llavakit.processing.segments import segments_text
+from llavakit.processing.template_choice import was_trained_padded
 from llavakit.types import Conversation, ImagePart, Message, TextPart
 
 __all__ = ["Deviation", "PromptCheck", "preprocessing_deviations"]
@@ -122,16 +123,14 @@ class PromptCheck:
 
 def preprocessing_deviations(config: Mapping[str, Any], image: Mapping[str, Any], template: ChatTemplate) -> list[Deviation]:
     """Hold the image processor's file against the training of LLaVA-1.5, or against what the config says of it."""
-    is_one_five = config.get("model_type") == "llava" and template.name == "v1" and config.get("mm_projector_type", "") != "linear"
-    trained = config.get("image_aspect_ratio", "pad" if is_one_five and "text_config" in config else None)
-    if trained != "pad" or not image or image.get("do_pad") is True:
+    if not was_trained_padded(config, template) or not image or image.get("do_pad") is True:
         return []
     return [
         Deviation(
             "centre-crop",
             "the middle square of a picture is cut out, the rest is lost",
             "a picture is padded to a square in the mean colour first",
-            'as the file says; put "do_pad": true into it to pad',
+            'as the file says; preprocess="pad", or "do_pad": true in the file, pads',
         )
     ]
 

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, Unpack
 
 import torch
 from PIL import Image
@@ -25,15 +25,17 @@ from llavakit.processing.chat import ChatTemplate, Turns
 from llavakit.processing.image import DEFAULT_LIMITS, ImageLimits, ImageProcessor, decode_image, image_digest, image_size
 from llavakit.processing.jinja import jinja_text
 from llavakit.processing.segments import EncodedChat, MarkerIds, Segment, encode_segments
-from llavakit.processing.template_choice import TEMPLATE_KEY, template_of_checkpoint
+from llavakit.processing.template_choice import TEMPLATE_KEY, template_of_checkpoint, trained_template, was_trained_padded
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.documents import json_bytes, read_optional_json
+from llavakit.storage.hub import HubArguments, resolve_model
 from llavakit.types import Conversation
 
 __all__ = ["LlavaProcessor", "Prompt"]
 
 _T = TypeVar("_T")
+_CROPPED = "the checkpoint's files crop the middle square of a picture, but LLaVA-1.5 was trained on pictures padded to a square"
 _MEMO_TEXTS = 1024
 _MEMO_CHARACTERS = 512  # the system line and other constant stretches are shorter
 
@@ -102,8 +104,7 @@ class LlavaProcessor:
     @functools.cached_property
     def end_ids(self) -> frozenset[int]:
         """Ids that end an answer: the tokenizer's eos and the template's end tokens."""
-        ends = frozenset(self.markers.tokens[token] for token in self.template.end_tokens)
-        return ends if self.markers.eos is None else ends | {self.markers.eos}
+        return self.template.end_ids(self.markers)
 
     def prompt(
         self, conversation: Conversation, *, add_generation_prompt: bool = True, supervise: bool = False, max_len: int | None = None
@@ -220,12 +221,12 @@ class LlavaProcessor:
         return Prompt(encoded.chat.ids, encoded.chat.loss_mask, tiles_N3SS, encoded.grids, tuple(map(image_digest, images)))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, template: ChatTemplate | None = None) -> Self:
-        """Load the processor's files from a llava-hf folder, in the 4.x or the 5.x arrangement.
+    def from_pretrained(cls, model: str | Path, *, template: ChatTemplate | None = None, **hub: Unpack[HubArguments]) -> Self:
+        """Load the processor's files from a llava-hf folder or hub id, in the 4.x or the 5.x arrangement.
 
         The template is the one that the folder's content tells, unless one is given. Raises: CheckpointError.
         """
-        folder = Path(folder)
+        folder = resolve_model(model, parts="processor", **hub)
         config, processor = read_optional_json(folder / "config.json"), read_optional_json(folder / "processor_config.json")
         image = processor["image_processor"] if "image_processor" in processor else read_optional_json(folder / "preprocessor_config.json")
         if not image:
@@ -236,13 +237,14 @@ class LlavaProcessor:
         image_token_id = _first(int, -1 if known is None else known, (config, "image_token_index"), (config, "image_token_id"))
         if image_token_id not in tokenizer.added_tokens.values():
             raise CheckpointError(f"{folder}: image token {image_token_id} is not one of the tokenizer's added tokens; add it as {mark}")
-        images = ImageProcessor.from_dict(image)
+        images, choice = ImageProcessor.from_dict(image), template_of_checkpoint(folder, named=template)
+        is_padded = was_trained_padded(config, trained_template(choice, is_vision=True))
         strategy = _first(str, "default", *((table, "vision_feature_select_strategy") for table in (config, processor)))
         return cls(
             tokenizer=tokenizer,
             image_processor=images,
-            preprocessing_note=_preprocessing_note(config, images),
-            template=template_of_checkpoint(folder, named=template).template,
+            preprocessing_note=None if images.aspect != "crop" or not is_padded else _CROPPED,
+            template=choice.template,
             image_token_id=image_token_id,
             patch_size=_first(int, 14, (processor, "patch_size"), (config.get("vision_config", {}), "patch_size")),
             keep_cls=strategy == "full",
@@ -279,14 +281,6 @@ def _split_marks(text: str, mark: str) -> list[str]:
     """Cut a text around every mark; the marks are parts of their own."""
     parts = text.split(mark)
     return [part for text_part in parts[:-1] for part in (text_part, mark)] + parts[-1:]
-
-
-def _preprocessing_note(config: Mapping[str, Any], images: ImageProcessor) -> str | None:
-    """Know LLaVA-1.5 by its parts (one tile, CLIP, an MLP): it was trained on padded pictures, and most of its files crop."""
-    is_clip = config.get("vision_config", {}).get("model_type", "clip_vision_model") == "clip_vision_model"
-    if config.get("model_type") == "llava" and is_clip and config.get("mm_projector_type") is None and images.aspect == "crop":
-        return "the checkpoint's files crop the middle square of a picture, but LLaVA-1.5 was trained on pictures padded to a square"
-    return None
 
 
 def _chat_files(template: ChatTemplate) -> dict[str, bytes]:

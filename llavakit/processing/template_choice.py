@@ -17,7 +17,15 @@ from llavakit.processing.chat import TEMPLATES, ChatTemplate
 from llavakit.processing.jinja import template_of_jinja
 from llavakit.storage.documents import read_optional_json, read_text
 
-__all__ = ["TEMPLATE_KEY", "TemplateChoice", "is_vision_config", "template_of_checkpoint", "template_of_config", "trained_template"]
+__all__ = [
+    "TEMPLATE_KEY",
+    "TemplateChoice",
+    "is_vision_config",
+    "template_of_checkpoint",
+    "template_of_config",
+    "trained_template",
+    "was_trained_padded",
+]
 
 TEMPLATE_KEY = "llavakit_template"
 """Our own entry in processor_config.json."""
@@ -112,6 +120,12 @@ def trained_template(choice: TemplateChoice, *, is_vision: bool) -> ChatTemplate
     """
     name = choice.template.name
     return TEMPLATES[_TRAINED.get(name, name)] if is_vision else choice.template
+
+
+def was_trained_padded(config: Mapping[str, Any], trained: ChatTemplate) -> bool:
+    """Whether the weights saw pictures padded to a square: LLaVA-1.5 by its template, others by what their config says."""
+    is_one_five = config.get("model_type") == "llava" and trained.name == "v1" and config.get("mm_projector_type", "") != "linear"
+    return bool(config.get("image_aspect_ratio", "pad" if is_one_five and "text_config" in config else None) == "pad")
 
 
 def _find_jinja(folder: Path, processor: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, Unpack
 
 import torch
 
@@ -19,6 +19,7 @@ from llavakit.processing.segments import MarkerIds, encode_segments
 from llavakit.processing.template_choice import template_of_checkpoint
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
+from llavakit.storage.hub import HubArguments, resolve_model
 from llavakit.types import Conversation
 
 __all__ = ["TextProcessor"]
@@ -41,8 +42,7 @@ class TextProcessor:
     @functools.cached_property
     def end_ids(self) -> frozenset[int]:
         """Ids that end an answer: the tokenizer's eos and the template's end tokens."""
-        ends = frozenset(self.markers.tokens[token] for token in self.template.end_tokens)
-        return ends if self.markers.eos is None else ends | {self.markers.eos}
+        return self.template.end_ids(self.markers)
 
     def prompt(self, conversation: Conversation, *, add_generation_prompt: bool = True, max_len: int | None = None) -> Prompt:
         """Build the prompt of a conversation. Raises: PromptError for pictures, and when it exceeds max_len tokens."""
@@ -55,6 +55,10 @@ class TextProcessor:
         return Prompt(encoded.ids, encoded.loss_mask, torch.empty(0, 3, 1, 1))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, template: ChatTemplate | None = None) -> Self:
-        """Load the tokenizer of a folder, and the template that its content tells unless one is given. Raises: CheckpointError."""
-        return cls(tokenizer=load_tokenizer(folder), template=template_of_checkpoint(Path(folder), named=template).template)
+    def from_pretrained(cls, model: str | Path, *, template: ChatTemplate | None = None, **hub: Unpack[HubArguments]) -> Self:
+        """Load the tokenizer of a folder or hub id, and the template that its content tells unless one is given.
+
+        Raises: CheckpointError.
+        """
+        folder = resolve_model(model, parts="processor", **hub)
+        return cls(tokenizer=load_tokenizer(folder), template=template_of_checkpoint(folder, named=template).template)

@@ -89,8 +89,8 @@ def miniature_stages(*, scale: float = 1.0, num_scenes: int = 5000) -> list[Stag
     return [
         Stage("precision", {}, (), _choose_precision),
         Stage("vocabulary", {"pieces": _PIECES, "seed": _SEED}, (), _train_vocabulary),
-        _training_stage("tower", (), _train_tower, _Training(run=_run(4200, 2e-3, scale), batch_size=24, stream=1)),
-        _training_stage("language", ("vocabulary",), _train_language, _Training(run=_run(800, 2e-3, scale), batch_size=12, stream=2)),
+        _training_stage("tower", (), _train_tower, _Training(run=_run(4400, 2e-3, scale), batch_size=24, stream=1)),
+        _training_stage("language", ("vocabulary",), _train_language, _Training(run=_run(600, 2e-3, scale), batch_size=12, stream=2)),
         _training_stage(
             "align",
             ("vocabulary", "tower", "language"),

@@ -35,7 +35,7 @@ class Picture:
 def draw_picture(rng: random.Random, *, form: Form | None = None, short_side_px: int | None = None, held_out: bool = False) -> Picture:
     """Draw a scene and render it; form and size are drawn too unless they are given."""
     if form is None:
-        form = rng.choices(("square", "photo", "wide"), (0.45, 0.25, 0.3))[0]
+        form = rng.choices(("square", "photo", "wide"), (0.37, 0.25, 0.38))[0]
     if short_side_px is None:
         short_side_px = rng.choice(_SHORT_SIDES_PX)
     if form == "photo":

@@ -14,12 +14,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from llavakit.errors import CheckpointError
 from llavakit.storage.folder import MANIFEST_NAME
 
-__all__ = ["check_inside", "is_hub_id", "resolve_model", "upload_folder"]
+__all__ = ["HubArguments", "check_inside", "is_hub_id", "resolve_model", "upload_folder"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[^\s/.][^\s]*")
@@ -46,6 +46,15 @@ class _Source:
     def name(self) -> str:
         """How messages call it."""
         return self.model if self.revision is None else f"{self.model} (revision {self.revision})"
+
+
+class HubArguments(TypedDict, total=False):
+    """The keywords by which a caller says where on the hub something lies; resolve_model explains them."""
+
+    revision: str | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    token: str | bool | None
 
 
 def resolve_model(

@@ -3,8 +3,7 @@
 Owns: eleven kinds of question, their wordings, their answers, conclude() and is_right().
 Answers that count, compare or subtract first say what they are about, step by step, and then conclude, because a small model that
 lists looks things up: asked for the conclusion alone, or for two steps in one, it stays at chance.
-Invariants: every question here has exactly one right key; ambiguous ones (two red stars, a centre on a border) are not asked; a pair
-of HELD_OUT is asked about only where it is there, or the lessons, which never show one, would teach that there never is one.
+Invariant: every question here has exactly one right key; ambiguous ones (two red stars, a centre on a border) are not asked.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llavakit.world.scenes import COLORS, DIGITS, HELD_OUT, LETTERS, SHAPES, WORDS
+from llavakit.world.scenes import COLORS, DIGITS, LETTERS, SHAPES, WORDS
 from llavakit.world.truth import REGIONS, LabeledBox, Truth, listing, place_of
 
 __all__ = ["KINDS", "Question", "ask", "conclude", "is_right"]
@@ -118,7 +117,7 @@ def _exist(truth: Truth, rng: random.Random) -> Question:
         shapes = truth.where(kind="shape")
         name = rng.choice(shapes).name if shapes and rng.random() < 0.75 else rng.choice(SHAPES)
         looked_at = truth.where(name=name)
-        color = rng.choice(looked_at).color if looked_at and rng.random() < 0.6 else _color_to_doubt(name, rng)
+        color = rng.choice(looked_at).color if looked_at and rng.random() < 0.6 else rng.choice(COLORS)
         one, is_true = f"{color} {name}", bool(truth.where(name=name, color=color))
     text = rng.choice(
         ("Is there {}?", "Is there {} in the picture?", "Do you see {}?", "Can you see {}?", "Does the picture show {}?")
@@ -174,8 +173,7 @@ def _what_there(truth: Truth, rng: random.Random) -> Question | None:
 
 def _where(truth: Truth, rng: random.Random) -> Question | None:
     if rng.random() < 0.08:
-        name = rng.choice(SHAPES)
-        color = _color_to_doubt(name, rng)
+        color, name = rng.choice(COLORS), rng.choice(SHAPES)
         if truth.where(color=color, name=name):
             return None
         return Question("where", _where_text(f"{color} {name}", rng), f"There is no {color} {name}.", "none")
@@ -315,13 +313,8 @@ def _draw_group(truth: Truth, rng: random.Random) -> _Group:
     return _Group(kind, f"{kind}s", truth.where(kind=kind))
 
 
-def _color_to_doubt(name: str, rng: random.Random) -> str:
-    """Draw a colour for a shape that may be absent."""
-    return rng.choice([color for color in COLORS if (color, name) not in HELD_OUT])
-
-
 def _draw_unique_noun(truth: Truth, rng: random.Random) -> tuple[str | None, LabeledBox | None]:
-    if rng.random() < 0.12:
+    if rng.random() < 0.08:
         noun = rng.choice((rng.choice(SHAPES), f"digit {rng.choice(DIGITS)}", f"letter {rng.choice(LETTERS)}", f"word {rng.choice(WORDS)}"))
         return (None, None) if truth.where(noun=noun) else (noun, None)
     thing = rng.choice(truth.boxes)

@@ -1,9 +1,13 @@
 """Conversations and sampling parameters: what is accepted, and what the refusals say."""
 
+import ast
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
+import llavakit
 from llavakit.errors import PromptError
 from llavakit.types import Conversation, ImagePart, Message, SamplingParams, TextPart
 
@@ -64,5 +68,34 @@ def test_conversations_out_of_order_are_refused(messages: tuple[Message, ...], t
     ],
 )
 def test_sampling_parameters_name_what_is_wrong(values: dict[str, object], told: str) -> None:
+    with pytest.raises(PromptError, match=told):
+        SamplingParams(**values)  # type: ignore[arg-type]
+
+
+def test_every_sampling_parameter_is_read_by_the_loop() -> None:
+    """An argument that nobody reads would be ignored in silence."""
+    package = Path(llavakit.__file__).parent
+    files = [*(package / "engine").glob("*.py"), package / "ops" / "sampling.py"]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)]
+    read = {node.attr for node in nodes if ast.unparse(node.value).endswith("params")}
+    assert {field.name for field in dataclasses.fields(SamplingParams)} <= read
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"min_p": 1.5}, "min_p must be from 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size and min_tokens"),
+        ({"min_tokens": -1}, "no_repeat_ngram_size and min_tokens"),
+        ({"n": 0}, "n and num_beams must be at least 1"),
+        ({"num_beams": 2, "n": 3}, "at most as many answers"),
+        ({"num_beams": 2, "temperature": 1.0}, "a beam search draws nothing"),
+        ({"n": 2}, "they would all be the same"),
+        ({"num_beams": 2, "length_penalty": math.nan}, "length_penalty must be a number"),
+        ({"early_stopping": "always"}, "early_stopping must be True, False"),
+    ],
+)
+def test_what_cannot_be_searched_or_drawn_is_refused(values: dict[str, object], told: str) -> None:
     with pytest.raises(PromptError, match=told):
         SamplingParams(**values)  # type: ignore[arg-type]

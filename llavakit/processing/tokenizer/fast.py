@@ -13,7 +13,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import tokenizers
 from tokenizers import AddedToken
@@ -28,6 +28,7 @@ from llavakit.processing.tokenizer.settings import Settings, assign_roles, read_
 from llavakit.processing.tokenizer.text_bytes import bytes_of_byte_level
 from llavakit.processing.tokenizer.texts import UNLIMITED, TextTokenizer, check_text
 from llavakit.storage.documents import parse_json, read_text
+from llavakit.storage.hub import HubArguments, resolve_model
 
 __all__ = ["JSON_NAME", "LlamaTokenizerFast"]
 
@@ -221,12 +222,12 @@ class LlamaTokenizerFast(TextTokenizer):
     # Files
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Load tokenizer.json, or else tokenizer.model, with the roles, tokens and flags of the folder's JSON files.
+    def from_pretrained(cls, model: str | Path, **hub: Unpack[HubArguments]) -> Self:
+        """Load tokenizer.json, or else tokenizer.model, with the roles, tokens and flags of a folder's or hub id's JSON files.
 
         Raises: CheckpointError.
         """
-        folder = Path(folder)
+        folder = resolve_model(model, parts="processor", **hub)
         settings = read_settings(folder)
         has_json, has_model = (folder / JSON_NAME).is_file(), (folder / MODEL_NAME).is_file()
         if not has_json and not has_model:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from tokenizers import AddedToken
 
@@ -25,6 +25,7 @@ from llavakit.processing.tokenizer.sentence_model import MODEL_NAME, SentenceMod
 from llavakit.processing.tokenizer.settings import assign_roles, read_settings, settings_files
 from llavakit.processing.tokenizer.texts import UNLIMITED, TextTokenizer, check_text
 from llavakit.processing.tokenizer.vocabulary import NeededRole, NeededRoleId
+from llavakit.storage.hub import HubArguments, resolve_model
 
 __all__ = ["LlamaTokenizer"]
 
@@ -211,12 +212,12 @@ class LlamaTokenizer(TextTokenizer):
     # Files
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, legacy: bool | None = None) -> Self:
-        """Load tokenizer.model with the added tokens and flags of the folder's JSON files; legacy None means theirs.
+    def from_pretrained(cls, model: str | Path, *, legacy: bool | None = None, **hub: Unpack[HubArguments]) -> Self:
+        """Load tokenizer.model with the added tokens and flags of a folder's or hub id's JSON files; legacy None means theirs.
 
         Raises: CheckpointError.
         """
-        folder = Path(folder)
+        folder = resolve_model(model, parts="processor", **hub)
         settings = read_settings(folder)
         kwargs = settings.config.get("sp_model_kwargs")
         tokenizer = cls(

@@ -14,8 +14,9 @@ from llavakit.model.llava_config import LlavaConfig
 from llavakit.pretrained.causal_lm import LlamaForCausalLM, LlamaModel, LlavaLlamaForCausalLM
 from llavakit.pretrained.files import PretrainedFiles
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.text import TextProcessor
+from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
-from llavakit.storage.hub import resolve_model
 from tests.fake_hub import TOKEN, FakeHub, fake_hub, folder_files
 from tests.tiny import llama, llama_config, llava, llava_config, save_llava, tiny_processor, tiny_tokenizer
 
@@ -55,9 +56,10 @@ def test_a_hub_id_loads_and_then_loads_offline(hub: FakeHub, folder: Path, model
 
 def test_a_processor_and_a_tokenizer_come_without_weights(hub: FakeHub, folder: Path) -> None:
     hub.add(MODEL, folder_files(folder))
-    fetched = resolve_model(MODEL, parts="processor")
-    assert LlavaProcessor.from_pretrained(fetched).template == tiny_processor().template
-    assert LlamaTokenizer.from_pretrained(fetched).encode("a circle") == tiny_tokenizer().encode("a circle")
+    assert LlavaProcessor.from_pretrained(MODEL).template == tiny_processor().template
+    for cls in (LlamaTokenizer, LlamaTokenizerFast):
+        assert cls.from_pretrained(MODEL, revision="main").encode("a circle") == tiny_tokenizer().encode("a circle")
+    assert TextProcessor.from_pretrained(MODEL).tokenizer.encode_text("a circle") == tiny_tokenizer().encode_text("a circle")
     assert "model.safetensors" not in hub.fetched
 
 
