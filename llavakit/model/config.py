@@ -1,6 +1,6 @@
 """Configurations of the decoders: Llama, and the models of its architecture with other defaults (Mistral, Qwen2).
 
-Owns: LlamaConfig, MistralConfig, Qwen2Config, DECODERS; reading the 4.x and 5.x forms, writing one that both versions read.
+Owns: ForwardConfig, LlamaConfig, MistralConfig, Qwen2Config, DECODERS; reading the 4.x and 5.x forms, writing one that both versions read.
 Refuses: torch. What is not run (other activations, other rotary scalings, windows of some layers only) is a ConfigError here, not a
 surprise later. Defaults are transformers': files omit fields that have them.
 """
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from llavakit.config import ModelConfig, boolean, choice, integer, number, optional, setting
 from llavakit.errors import ConfigError
 
-__all__ = ["DECODERS", "MAX_LAYERS", "MAX_WIDTH", "LlamaConfig", "MistralConfig", "Qwen2Config", "layers", "width"]
+__all__ = ["DECODERS", "MAX_LAYERS", "MAX_WIDTH", "ForwardConfig", "LlamaConfig", "MistralConfig", "Qwen2Config", "layers", "width"]
 
 MAX_WIDTH = 1 << 20
 MAX_LAYERS = 4096
@@ -66,7 +66,24 @@ def _rope_scaling(name: str, value: object) -> dict[str, Any] | None:
 
 
 @dataclass(kw_only=True, eq=False)
-class LlamaConfig(ModelConfig):
+class ForwardConfig(ModelConfig):
+    """What forward returns where the call does not say."""
+
+    output_attentions: bool = setting(False, boolean())
+    """Return the attention weights of every layer."""
+    output_hidden_states: bool = setting(False, boolean())
+    """Return the hidden states of every layer."""
+    return_dict: bool = setting(True, boolean())
+    """Return an output with names, not a tuple."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write these only where they are not the usual ones."""
+        usual = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+        return {name: value for name, value in super().to_dict().items() if name not in usual or value is not usual[name]}
+
+
+@dataclass(kw_only=True, eq=False)
+class LlamaConfig(ForwardConfig):
     """A Llama-architecture decoder."""
 
     model_type: ClassVar[str] = "llama"

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 from llavakit.config import ModelConfig, boolean, choice, integer, optional, setting
 from llavakit.errors import ConfigError
 from llavakit.geometry import ImageGrid, MergeType, patch_grid
-from llavakit.model.config import DECODERS, MAX_LAYERS, LlamaConfig
+from llavakit.model.config import DECODERS, MAX_LAYERS, ForwardConfig, LlamaConfig
 from llavakit.model.vision_config import TOWERS, ClipVisionConfig, VisionConfig
 
 __all__ = ["DEFAULT_PINPOINTS", "LlavaConfig", "LlavaNextConfig", "published_tower"]
@@ -95,7 +95,7 @@ def _pinpoints(name: str, value: object) -> list[list[int]]:
 
 
 @dataclass(kw_only=True, eq=False)
-class LlavaConfig(ModelConfig):
+class LlavaConfig(ForwardConfig):
     """LLaVA: a tower, a projector and a decoder; each picture is one tile."""
 
     model_type: ClassVar[str] = "llava"

@@ -68,6 +68,12 @@ def _clip(text: LlamaConfig, image_token: int, *, is_next: bool = False) -> Llav
     return cls(text_config=text, image_token_index=image_token, pad_token_id=image_token + 1)
 
 
+def _first(text: LlamaConfig) -> LlavaConfig:
+    """Describe the first LLaVA: CLIP at 224 pixels, one linear layer, no row of the vocabulary for pictures."""
+    tower = published_tower("openai/clip-vit-large-patch14")
+    return LlavaConfig(text_config=text, vision_config=tower, mm_projector_type="linear", image_token_index=text.vocab_size)
+
+
 def _interleave(text: LlamaConfig) -> LlavaConfig:
     """Describe an interleave model: SigLIP's last hidden state, every patch of it."""
     tower = published_tower(_SIGLIP)
@@ -85,6 +91,8 @@ PRESETS: Mapping[str, LlamaConfig | LlavaConfig] = {
     "llama-2-7b": LlamaConfig(**_7B),
     "llama-2-13b": LlamaConfig(**_13B),
     "llama-2-70b": LlamaConfig(**_70B),
+    "llava-v1-7b": _first(LlamaConfig(**_7B)),
+    "llava-v1-13b": _first(LlamaConfig(**_13B)),
     "llava-1.5-7b": _clip(LlamaConfig(**_7B, vocab_size=32064), 32000),
     "llava-1.5-13b": _clip(LlamaConfig(**_13B, vocab_size=32064), 32000),
     "bakllava-v1": _clip(MistralConfig(**_MISTRAL_01, vocab_size=32064), 32000),

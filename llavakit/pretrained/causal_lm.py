@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llavakit.errors import InputError
-from llavakit.model.config import LlamaConfig
+from llavakit.model.config import ForwardConfig, LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore, check_ids
 from llavakit.model.llava_config import LlavaConfig
@@ -64,7 +64,7 @@ class LlamaModel(PretrainedFiles, ResizableVocabulary, LlamaDecoder):
             past=past_key_values,
         )
         check_batch(batch, self.config)
-        given = _given(batch, self.config, self._embed, output_attentions, output_hidden_states)
+        given = _given(batch, self.config, self._embed, _recorded(self.config, output_attentions, output_hidden_states))
         result = run_dense(self.forward_packed, given)
         output = BaseModelOutputWithPast(
             last_hidden_state=result.h_BSD,
@@ -72,7 +72,7 @@ class LlamaModel(PretrainedFiles, ResizableVocabulary, LlamaDecoder):
             hidden_states=result.hidden_states,
             attentions=result.attentions,
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if _flag(return_dict, self.config.return_dict) else output.to_tuple()
 
     def _embed(self, ids_BS: Tensor) -> Tensor:
         check_ids(ids_BS, self.config.vocab_size)
@@ -113,9 +113,9 @@ class LlamaForCausalLM(PretrainedFiles, ResizableVocabulary, Generation, LlamaCo
             labels=labels,
         )
         check_batch(batch, self.config)
-        given = _given(batch, self.config, self.embed, output_attentions, output_hidden_states)
-        output = _causal_output(self, given, labels, _cache_flag(use_cache, self.config.use_cache))
-        return output.to_tuple() if return_dict is False else output
+        given = _given(batch, self.config, self.embed, _recorded(self.config, output_attentions, output_hidden_states))
+        output = _causal_output(self, given, labels, _flag(use_cache, self.config.use_cache))
+        return output if _flag(return_dict, self.config.return_dict) else output.to_tuple()
 
 
 class LlavaLlamaForCausalLM(PretrainedFiles, ResizableVocabulary, Generation, LlavaCore):
@@ -169,14 +169,17 @@ class LlavaLlamaForCausalLM(PretrainedFiles, ResizableVocabulary, Generation, Ll
             x_BSD: Tensor = self.embed(ids_BS.flatten(), features_FD).unflatten(0, ids_BS.shape)
             return x_BSD
 
-        given = _given(batch, self.text_config, embed, output_attentions, output_hidden_states)
-        output = _causal_output(self, given, labels, _cache_flag(use_cache, self.config.text_config.use_cache))
-        return output.to_tuple() if return_dict is False else output
+        given = _given(batch, self.text_config, embed, _recorded(self.config, output_attentions, output_hidden_states))
+        output = _causal_output(self, given, labels, _flag(use_cache, self.config.text_config.use_cache))
+        return output if _flag(return_dict, self.config.return_dict) else output.to_tuple()
 
 
-def _given(
-    batch: Batch, config: LlamaConfig, embed: Callable[[Tensor], Tensor], output_attentions: bool | None, output_hidden_states: bool | None
-) -> DenseInput:
+def _recorded(config: ForwardConfig, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
+    """Say whether attentions and hidden states are kept: as the call says, else as the config does."""
+    return _flag(output_attentions, config.output_attentions), _flag(output_hidden_states, config.output_hidden_states)
+
+
+def _given(batch: Batch, config: LlamaConfig, embed: Callable[[Tensor], Tensor], recorded: tuple[bool, bool]) -> DenseInput:
     x_BSD = batch.inputs_embeds if batch.input_ids is None else embed(batch.input_ids)
     assert x_BSD is not None  # check_batch has seen one of the two
     return DenseInput(
@@ -185,8 +188,8 @@ def _given(
         position_ids=batch.position_ids,
         past=batch.past,
         window=config.window,
-        record_attentions=output_attentions is True,
-        record_hidden=output_hidden_states is True,
+        record_attentions=recorded[0],
+        record_hidden=recorded[1],
     )
 
 
@@ -206,9 +209,9 @@ def _causal_output(core: LlamaCore | LlavaCore, given: DenseInput, labels: Tenso
     )
 
 
-def _cache_flag(asked: bool | None, default: bool) -> bool:
+def _flag(asked: bool | None, default: bool) -> bool:
     return default if asked is None else asked
 
 
 def _kept(result: DenseResult, asked: bool | None, default: bool) -> Cache | None:
-    return result.cache if _cache_flag(asked, default) else None
+    return result.cache if _flag(asked, default) else None

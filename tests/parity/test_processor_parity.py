@@ -13,12 +13,15 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from llavakit.engine.llm import LLM
 from llavakit.geometry import num_tiles, patch_grid
+from llavakit.pretrained.causal_lm import LlavaLlamaForCausalLM
 from llavakit.processing.image import ImageProcessor
 from llavakit.processing.processor import LlavaProcessor
-from llavakit.types import Conversation, ImagePart, Message, TextPart
+from llavakit.types import Conversation, ImagePart, Message, SamplingParams, TextPart
+from llavakit.world.render import to_png
 from tests.real_data import llama2_processor, llama2_tokenizer, shared_data
-from tests.tiny import llava_config, tiny_processor
+from tests.tiny import SIDE, VOCAB, family_config, llava_config, scale_weights, tiny_processor
 
 SIZES = ((1, 1), (2, 50), (50, 2), (48, 48), (47, 49), (60, 40), (40, 60), (333, 501), (640, 480), (30, 1900), (1900, 30))
 TEXTS = (
@@ -137,3 +140,41 @@ def test_saved_templates_render_our_prompts(tmp_path: Path, template: str, syste
     text = oracle.apply_chat_template(turns)
     prompt = processor.prompt(conversation, add_generation_prompt=False)
     assert oracle(text=text, return_tensors="pt")["input_ids"].tolist() == [list(prompt.ids)]
+
+
+def next_processor() -> LlavaProcessor:
+    pinpoints = ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))
+    return tiny_processor(image_processor=ImageProcessor(size_px=SIDE, crop_px=SIDE, aspect="anyres", pinpoints=pinpoints))
+
+
+@pytest.mark.parametrize("sizes", [((40, 60),), ((28, 28), (100, 20), (33, 71))], ids=str)
+def test_prompts_of_pictures_of_any_size_equal_transformers(tmp_path: Path, sizes: tuple[tuple[int, int], ...]) -> None:
+    processor = next_processor()
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(family_config("1.6-vicuna").to_json())
+    loaded, oracle = LlavaProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    images = [noise(*size) for size in sizes]
+    text = "USER: " + "<image>\n" * len(images) + "What is it? ASSISTANT:"
+    expected = oracle(images=images, text=text, return_tensors="pt")
+    values = loaded(images=images, text=text)
+    assert set(values) == {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
+    assert {name: value.tolist() for name, value in values.items()} == {name: expected[name].tolist() for name in values}
+
+
+def test_a_prompt_of_any_size_is_what_generate_continues(tmp_path: Path) -> None:
+    """LLM, through the processor, and generate, through transformers' tensors, give one answer."""
+    model = scale_weights(LlavaLlamaForCausalLM(family_config("1.6-mistral")), 2).eval()
+    model.save_pretrained(tmp_path, processor=next_processor())
+    conversation = Conversation.ask("what?", to_png(noise(61, 30)), to_png(noise(20, 90)))
+    llm = LLM.load(tmp_path, device="cpu", dtype="float32")
+    answer = llm.chat(conversation, SamplingParams(max_tokens=6, ignore_eos=True))
+    prompt = llm.processor.prompt(conversation)
+    out = model.generate(
+        torch.tensor([prompt.ids]),
+        pixel_values=list(prompt.tiles_N3SS.split([num_tiles(grid) for grid in prompt.grids])),
+        image_sizes=[(30, 61), (90, 20)],
+        max_new_tokens=6,
+        eos_token_id=[],
+        logits_processor=[lambda _, scores: scores.index_fill(1, torch.arange(len(llm.processor.tokenizer), VOCAB), -torch.inf)],
+    )
+    assert out[0, len(prompt.ids) :].tolist() == list(answer.ids)

@@ -136,3 +136,16 @@ def test_a_prompt_that_fills_the_context_is_refused() -> None:
 def test_generation_ends_at_the_context() -> None:
     ids = torch.ones(1, 250, dtype=torch.int64)
     assert llama().generate(ids, max_new_tokens=50, eos_token_id=[]).shape == (1, 256)
+
+
+def test_what_forward_returns_falls_back_to_the_config() -> None:
+    for model in (llama(), llava(), LlamaModel(llama_config())):
+        ids = torch.tensor([[1, 5, 6]])
+        assert model(ids).hidden_states is None
+        model.config.output_hidden_states, model.config.output_attentions = True, True
+        output = model(ids)
+        assert len(output.hidden_states) == len(output.attentions) + 1 == 3
+        assert model(ids, output_attentions=False).attentions is None
+        model.config.return_dict = False
+        assert isinstance(model(ids), tuple)
+        assert not isinstance(model(ids, return_dict=True), tuple)
