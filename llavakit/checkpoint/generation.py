@@ -12,9 +12,9 @@ from typing import Any
 from llavakit.errors import CheckpointError
 from llavakit.storage.documents import read_optional_json
 
-__all__ = ["GenerationDefaults", "load_generation"]
+__all__ = ["GENERATION_NAME", "GenerationDefaults", "load_generation"]
 
-_NAME = "generation_config.json"
+GENERATION_NAME = "generation_config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,18 +32,18 @@ class GenerationDefaults:
 
 def load_generation(folder: Path) -> GenerationDefaults:
     """Read the file of a folder; an absent one says nothing. Raises: CheckpointError for values of another type."""
-    values = read_optional_json(folder / _NAME)
+    values = read_optional_json(folder / GENERATION_NAME)
 
     def read(name: str, *kinds: type) -> Any:
         value = values.get(name)
         if value is None or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))):
             return value
-        raise CheckpointError(f"{folder / _NAME} has {name}={value!r}; expected {' or '.join(kind.__name__ for kind in kinds)}")
+        raise CheckpointError(f"{folder / GENERATION_NAME} has {name}={value!r}; expected {' or '.join(kind.__name__ for kind in kinds)}")
 
     ends = read("eos_token_id", int, list)
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if not all(isinstance(end, int) for end in ends):
-        raise CheckpointError(f"{folder / _NAME} has eos_token_id={ends!r}; expected ids")
+        raise CheckpointError(f"{folder / GENERATION_NAME} has eos_token_id={ends!r}; expected ids")
     return GenerationDefaults(
         end_ids=frozenset(ends),
         pad_token_id=read("pad_token_id", int),

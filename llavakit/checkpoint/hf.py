@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from llavakit.checkpoint.card import copy_licences
+from llavakit.checkpoint.generation import GENERATION_NAME
 from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
-from llavakit.storage.documents import write_json
+from llavakit.storage.documents import read_optional_json, write_json
 from llavakit.storage.folder import atomic_folder
 from llavakit.storage.tensors import write_tensors
 
@@ -62,13 +63,15 @@ def save_checkpoint(
 ) -> None:
     """Write config.json, generation_config.json, the weights in their dtypes, and the processor's files into a folder.
 
-    The licence files of the folder that the model came from (source) go along, as their terms ask.
+    The licence files of the folder that the model came from (source) go along, as their terms ask, and so does what its
+    generation_config.json says.
     """
     weights = dict(model.named_parameters())  # a tied head is listed once, under the embedding's name
     specs = {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
     config = _config(model)
     write_json(folder / "config.json", _config_values(config, _architecture(model), [dtype for dtype, _ in specs.values()]))
-    write_json(folder / "generation_config.json", _generation_values(config))
+    given = {} if source is None else read_optional_json(source / GENERATION_NAME)
+    write_json(folder / GENERATION_NAME, {**_generation_values(config), **given})
     write_tensors(folder, specs, _detached(weights), max_shard_bytes=max_shard_bytes)
     if processor is not None:
         processor.save_pretrained(folder)
