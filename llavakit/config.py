@@ -114,14 +114,37 @@ def setting(default: Any, check: Check, *, structural: bool = False) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)
+@dataclasses.dataclass(kw_only=True, eq=False, init=False)
 class ModelConfig:
     """A mutable model configuration in the style of config.json.
 
-    Declared fields are checked when set; any other name is kept as it came and written back by to_dict.
+    Declared fields are checked when set; any other name is kept as it came and written back by to_dict. Subclasses are dataclasses
+    with init=False: the constructor takes every spelling that their normalize() knows, and names that are not declared.
     """
 
     model_type: ClassVar[str] = ""
+
+    def __init__(self, **values: Any) -> None:
+        """Set all fields; a null counts as absent where the field cannot hold one. Raises: ConfigError for a wrong value."""
+        given = self.normalize(values)
+        given.pop("model_type", None)
+        object.__setattr__(self, "_hidden", {})
+        for field in dataclasses.fields(self):
+            is_given = field.name in given
+            value = given.pop(field.name, None)
+            if not is_given or (value is None and not _takes_none(field)):
+                value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            setattr(self, field.name, value)
+        for name, value in given.items():
+            if name.isidentifier() and not hasattr(type(self), name):
+                setattr(self, name, value)
+            else:
+                self._hidden[name] = value  # no attribute can have this name, but files may
+
+    @classmethod
+    def normalize(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Turn other spellings of the fields into the declared ones; subclasses override. Raises: ConfigError."""
+        return dict(values)
 
     def __setattr__(self, name: str, value: object) -> None:
         field = self.__dataclass_fields__.get(name)
@@ -156,14 +179,8 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from the mapping of a config.json; unknown keys become attributes."""
-        declared = {field.name for field in dataclasses.fields(cls)}
-        config = cls(**{name: value for name, value in values.items() if name in declared})
-        for name, value in values.items():
-            if name not in declared and name != "model_type":
-                if not name.isidentifier() or hasattr(cls, name):
-                    raise ConfigError(f"config key {name!r} cannot be kept as an attribute of {cls.__name__}; remove it")
-                setattr(config, name, value)
+        """Build from the mapping of a config.json, and check it as a whole. Raises: ConfigError."""
+        config = cls(**values)
         config.validate()
         return config
 
@@ -171,9 +188,9 @@ class ModelConfig:
         """Return what config.json holds: model_type, declared fields, then the unknown keys that were kept."""
         values: dict[str, Any] = {"model_type": self.model_type} if self.model_type else {}
         for name, value in self.__dict__.items():
-            if name != "_is_built":
+            if name not in _OWN_NAMES:
                 values[name] = value.to_dict() if isinstance(value, ModelConfig) else value
-        return values
+        return {**values, **self._hidden}
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and isinstance(other, ModelConfig) and self.to_dict() == other.to_dict()
@@ -183,6 +200,18 @@ class ModelConfig:
     def to_json(self) -> str:
         """Return config.json's text."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+_OWN_NAMES = ("_is_built", "_hidden")
+
+
+def _takes_none(field: dataclasses.Field[Any]) -> bool:
+    """Whether None is a value of a field, and not just its absence."""
+    try:
+        field.metadata["check"](field.name, None)
+    except ConfigError:
+        return False
+    return True
 
 
 def build_run_config(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:

@@ -30,7 +30,7 @@ def detect_kind(values: Mapping[str, Any]) -> Kind:
     """Decide by the keys of config.json. Raises: CheckpointError naming what it is instead."""
     if "auto_map" in values:
         _LOG.warning("config.json names code in the checkpoint (auto_map); code of checkpoints is never run")
-    if "quantization_config" in values:
+    if values.get("quantization_config") is not None:
         raise CheckpointError(f"the weights are quantised ({_method(values['quantization_config'])}); only float weights are read")
     match values.get("model_type"):
         case "llava" | "llava_next" if "text_config" in values:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from llavakit.checkpoint.card import copy_licences
 from llavakit.checkpoint.generation import GENERATION_NAME
+from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
-from llavakit.model.decoder import LlamaDecoder
+from llavakit.model.decoder import LlamaDecoder, TokenEmbedding
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.storage.documents import read_optional_json, write_json
@@ -66,9 +67,14 @@ def save_checkpoint(
     The licence files of the folder that the model came from (source) go along, as their terms ask, and so does what its
     generation_config.json says.
     """
+    for module in model.modules():
+        if isinstance(module, TokenEmbedding) and module.has_pad_row():
+            module.settle()
     weights = dict(model.named_parameters())  # a tied head is listed once, under the embedding's name
     specs = {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
     config = _config(model)
+    if isinstance(config, LlavaConfig) and config.image_token_index is None:
+        raise ConfigError("the llava-hf layout needs a row for pictures: add a token, resize the embedding, set config.image_token_index")
     write_json(folder / "config.json", _config_values(config, _architecture(model), [dtype for dtype, _ in specs.values()]))
     given = {} if source is None else read_optional_json(source / GENERATION_NAME)
     write_json(folder / GENERATION_NAME, {**_generation_values(config), **given})

@@ -40,13 +40,13 @@ class LLM:
     """A model with its processor, ready to answer: LLaVA, or a language model alone."""
 
     def __init__(
-        self, core: LlamaCore | LlavaCore, processor: Processor, *, max_batch: int = 32, end_ids: frozenset[int] | None = None
+        self, core: LlamaCore | LlavaCore, processor: Processor, *, max_batch: int = 32, end_ids: Sequence[int] | None = None
     ) -> None:
         """Take the parts; end_ids come from the configuration unless they are given, and the processor's are added."""
         if max_batch < 1:
             raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
         self.core, self.processor, self.max_batch = core, processor, max_batch
-        self.end_ids = processor.end_ids | (core.text_config.end_ids() if end_ids is None else end_ids)
+        self.end_ids = processor.end_ids | frozenset(core.text_config.end_ids() if end_ids is None else end_ids)
 
     @classmethod
     def load(
@@ -77,7 +77,7 @@ class LLM:
         if dtype == "auto" and device == "cpu" and next(core.parameters()).dtype == torch.float16:
             _LOG.warning("running float16 weights in bfloat16 on this CPU; choose dtype float32 for more exact answers")
             core = core.to(torch.bfloat16)
-        return cls(core, processor, max_batch=max_batch, end_ids=config.get_text_config().end_ids() | load_generation(folder).end_ids)
+        return cls(core, processor, max_batch=max_batch, end_ids=(*config.get_text_config().end_ids(), *load_generation(folder).end_ids))
 
     @overload
     def chat(self, conversations: Conversation, params: SamplingParams | None = None) -> Completion: ...

@@ -64,7 +64,11 @@ class _Batch:
         self.num_ids = min(sizes, default=config.vocab_size)
         capacity = max(len(request.prompt.ids) + request.max_tokens for request in requests)
         shape = CacheShape(
-            num_layers=config.num_hidden_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_width, capacity=capacity
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_width,
+            capacity=capacity,
+            window=config.window,
         )
         self.cache = KvCache(shape, len(requests), self.dtype, self.device)
 

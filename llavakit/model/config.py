@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from llavakit.config import ModelConfig, boolean, choice, integer, number, optional, setting
 from llavakit.errors import ConfigError
@@ -65,7 +65,7 @@ def _rope_scaling(name: str, value: object) -> dict[str, Any] | None:
     return {"type" if kind != "llama3" else "rope_type": kind, **numbers}
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, init=False)
 class ForwardConfig(ModelConfig):
     """What forward returns where the call does not say."""
 
@@ -82,7 +82,7 @@ class ForwardConfig(ModelConfig):
         return {name: value for name, value in super().to_dict().items() if name not in usual or value is not usual[name]}
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, init=False)
 class LlamaConfig(ForwardConfig):
     """A Llama-architecture decoder."""
 
@@ -153,16 +153,19 @@ class LlamaConfig(ForwardConfig):
 
     @property
     def context_len(self) -> int:
-        """Positions that the model was made for: linear scaling stretches them, a window and dynamic scaling do not."""
+        """Positions that the model was made for, stretched by linear scaling.
+
+        Dynamic scaling does not count: with it a token's logits would depend on how long its row has become.
+        """
         length = self.max_position_embeddings
         if self.rope_scaling is not None and self.rope_scaling.get("type") == "linear":
             length = int(length * self.rope_scaling["factor"])
-        return length if self.window is None else min(length, self.window)
+        return length
 
-    def end_ids(self) -> frozenset[int]:
-        """Return eos_token_id as a set."""
+    def end_ids(self) -> tuple[int, ...]:
+        """Return eos_token_id as ids."""
         ends = self.eos_token_id
-        return frozenset() if ends is None else frozenset(ends if isinstance(ends, list) else (ends,))
+        return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
 
     def get_text_config(self) -> LlamaConfig:
         """Return the language model's config: this one."""
@@ -186,7 +189,7 @@ class LlamaConfig(ForwardConfig):
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def normalize(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Read either form of the rotary settings: rope_theta + rope_scaling (4.x) or rope_parameters (5.x)."""
         values = dict(values)
         parameters = values.pop("rope_parameters", None)
@@ -198,7 +201,7 @@ class LlamaConfig(ForwardConfig):
             if parameters.get("partial_rotary_factor") not in (None, 1.0):
                 raise ConfigError("rope_parameters['partial_rotary_factor'] must be 1.0; rotating part of a head is not supported")
             values["rope_scaling"] = _rope_scaling("rope_parameters", parameters)
-        return super().from_dict(values)
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """Write rope_theta and rope_scaling for transformers 4.x and rope_parameters for 5.x."""
@@ -211,7 +214,7 @@ class LlamaConfig(ForwardConfig):
         return {**values, "rope_parameters": {"rope_theta": self.rope_theta, **scaling}}
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, init=False)
 class MistralConfig(LlamaConfig):
     """A Mistral decoder: Llama's with a window."""
 
@@ -229,7 +232,7 @@ class MistralConfig(LlamaConfig):
         return self.sliding_window
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, init=False)
 class Qwen2Config(LlamaConfig):
     """A Qwen-1.5 or Qwen-2 decoder: Llama's with biases on queries, keys and values."""
 

@@ -7,6 +7,8 @@ Legend: T tokens  N heads  K key-value heads  H head width  D model width
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,25 +31,39 @@ class TokenEmbedding(Embedding):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config.vocab_size, config.hidden_size)
-        self.fresh_rows = range(0)
-        """Rows that resizing added."""
+        self.fresh_rows: set[int] = set()
+        """Rows that resizing added and nothing was loaded into."""
         self._configs: tuple[ModelConfig, ...] = (config,)
 
     def follow(self, config: ModelConfig) -> None:
         """Let another config's pad_token_id come before those known so far (LLaVA's before its language model's)."""
         self._configs = (config, *self._configs)
 
+    def has_pad_row(self) -> bool:
+        """Whether the config names a padding row that exists."""
+        return (pad := self._named_pad()) is not None and pad < self.num_embeddings
+
     @property
     def pad_id(self) -> int | None:
         """The padding row. Raises: ConfigError when the config names a row that does not exist."""
-        for config in self._configs:
-            pad: int | None = config.pad_token_id
-            if pad is not None:
-                if pad >= self.num_embeddings:
-                    rows = self.num_embeddings
-                    raise ConfigError(f"pad_token_id {pad} must be below the embedding's {rows} rows; resize_token_embeddings adds rows")
-                return pad
-        return None
+        pad, rows = self._named_pad(), self.num_embeddings
+        if pad is not None and pad >= rows:
+            raise ConfigError(f"pad_token_id {pad} must be below the embedding's {rows} rows; resize_token_embeddings adds rows")
+        return pad
+
+    def _named_pad(self) -> int | None:
+        pads = (config.pad_token_id for config in self._configs)
+        return next((pad for pad in pads if pad is not None), None)
+
+    def settle(self) -> None:
+        """Make a padding row zero that resizing added before the config named it."""
+        if self.fresh_rows and self.pad_id in self.fresh_rows:
+            self.zero_pad_row()
+            self.fresh_rows.discard(self.pad_id)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.fresh_rows = set()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def zero_pad_row(self) -> None:
         """Set the padding row, where there is one, to zero."""
@@ -57,11 +73,8 @@ class TokenEmbedding(Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up rows."""
-        pad_id = self.pad_id
-        if pad_id is not None and pad_id in self.fresh_rows:
-            self.zero_pad_row()
-            self.fresh_rows = range(0)
-        return F.embedding(input, self.weight, pad_id)
+        self.settle()
+        return F.embedding(input, self.weight, self.pad_id)
 
 
 class RowParallelLinear(Linear):

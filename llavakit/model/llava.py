@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from llavakit.errors import InputError
+from llavakit.errors import ConfigError, InputError
 from llavakit.geometry import ImageGrid, num_tiles
 from llavakit.model.anyres import merge_tiles
 from llavakit.model.config import LlamaConfig
@@ -27,7 +27,7 @@ from llavakit.model.vision import VisionTower
 from llavakit.ops.attention import Attention, Packed
 from llavakit.ops.loss import IGNORE, linear_cross_entropy
 
-__all__ = ["IMAGE_PLACEHOLDER", "LlamaCore", "LlavaCore", "LossTerms", "PackedBatch", "check_ids"]
+__all__ = ["IMAGE_PLACEHOLDER", "LlamaCore", "LlavaCore", "LossTerms", "PackedBatch", "check_config", "check_ids"]
 
 _TOWER_BATCH = 16
 IMAGE_PLACEHOLDER = -200
@@ -64,6 +64,7 @@ class LlamaCore(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        check_config(config, LlamaConfig, type(self).__name__)
         config.validate()
         self.config = config
         self.model = LlamaDecoder(config)
@@ -108,6 +109,7 @@ class LlavaCore(nn.Module):
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
+        check_config(config, LlavaConfig, type(self).__name__)
         config.validate()
         self.config = config
         self.vision_tower = VisionTower(config.vision_config)
@@ -161,7 +163,9 @@ class LlavaCore(nn.Module):
 
         Raises: InputError when placeholders and features differ in number, or ids lie outside the vocabulary.
         """
-        is_image_T = (ids_T == self.config.image_token_index) | (ids_T == IMAGE_PLACEHOLDER)
+        is_image_T = ids_T == IMAGE_PLACEHOLDER
+        if self.config.image_token_index is not None:
+            is_image_T |= ids_T == self.config.image_token_index
         num_slots, num_features = int(is_image_T.sum()), 0 if features_FD is None else features_FD.shape[0]
         if num_slots != num_features:
             raise InputError(
@@ -188,6 +192,12 @@ class LlavaCore(nn.Module):
         return _decoder_loss(self.language_model, self.embed(batch.ids_T, features_FD, dtype=dtype), batch)
 
 
+def check_config(config: object, wanted: type, owner: str) -> None:
+    """Check that a model is built from its own kind of config. Raises: ConfigError."""
+    if not isinstance(config, wanted):
+        raise ConfigError(f"{owner} is built from a {wanted.__name__}, got {type(config).__name__}")
+
+
 def check_ids(ids: Tensor, vocab_size: int) -> None:
     """Check that ids can be looked up; on CUDA this waits for the device. Raises: InputError.
 
@@ -212,10 +222,7 @@ def _check_pixels(pixels: Tensor) -> None:
 
 
 def _decoder_loss(core: LlamaCore, x_TD: Tensor, batch: PackedBatch) -> LossTerms:
-    attn, window = Packed(batch.cu_seqlens), core.config.window
-    if window is not None and max(attn.lengths) > window:
-        raise InputError(f"a sequence has {max(attn.lengths)} tokens, but this model sees a window of {window}; shorten the samples")
-    h_TD = core.forward_packed(x_TD, batch.positions_T, attn)
+    h_TD = core.forward_packed(x_TD, batch.positions_T, Packed(batch.cu_seqlens, core.config.window))
     rows_M = (batch.labels_T != IGNORE).nonzero().squeeze(-1)
     loss, num_right = linear_cross_entropy(h_TD[rows_M], core.lm_head.weight, batch.labels_T[rows_M])
     weight = torch.tensor(rows_M.numel())

@@ -26,8 +26,9 @@ DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008
 """LLaVA-1.6's sizes; transformers reads them as (height, width), the original as (width, height)."""
 _FLAT_DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 """model_type of flat files -> that of their language model."""
-_FLAT_KEYS = ("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "use_mm_proj")
-"""Keys by which the flat form is known."""
+_FLAT_KEYS = ("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "use_mm_proj", "hidden_size", "num_hidden_layers")
+"""Keys by which the flat form is known where there is no text_config."""
+_USUAL_TOWER = "openai/clip-vit-large-patch14-336"
 _FEATURES = {"patch": "default", "cls_patch": "full"}
 """mm_vision_select_feature -> vision_feature_select_strategy."""
 _TOWERS: Mapping[str, Mapping[str, Any]] = {
@@ -47,7 +48,12 @@ _TOWERS: Mapping[str, Mapping[str, Any]] = {
 
 
 def published_tower(name: str) -> VisionConfig:
-    """Return the configuration of a published tower by its hub id. Raises: ConfigError for an unknown one."""
+    """Return the configuration of a published tower by its hub id, or by a path that ends in its name.
+
+    Raises: ConfigError for an unknown one.
+    """
+    last = name.rstrip("/").rpartition("/")[2]
+    name = next((known for known in _TOWERS if known.rpartition("/")[2] == last), name)
     if name not in _TOWERS:
         raise ConfigError(f"mm_vision_tower {name!r} is not one of the known towers ({', '.join(_TOWERS)}); give its vision_config")
     return _part("vision_config", _TOWERS[name], TOWERS, ClipVisionConfig)
@@ -94,7 +100,7 @@ def _pinpoints(name: str, value: object) -> list[list[int]]:
     return [[check(name, side) for side in pair] for pair in value]
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, init=False)
 class LlavaConfig(ForwardConfig):
     """LLaVA: a tower, a projector and a decoder; each picture is one tile."""
 
@@ -104,8 +110,8 @@ class LlavaConfig(ForwardConfig):
     """The language model: a LlamaConfig, MistralConfig or Qwen2Config."""
     vision_config: VisionConfig = setting(ClipVisionConfig, _vision_config, structural=True)
     """The tower: a ClipVisionConfig or SiglipVisionConfig."""
-    image_token_index: int = setting(32000, integer(0))
-    """Id of the positions that hold image features."""
+    image_token_index: int | None = setting(32000, optional(integer(0)))
+    """Id of the positions that hold image features; None where only -200 stands for a picture (original LLaVA)."""
     projector_hidden_act: str = setting("gelu", choice("gelu"), structural=True)
     """Activation between the projector's layers, exact gelu."""
     mm_projector_type: str = setting("mlp2x_gelu", _projector_type, structural=True)
@@ -122,6 +128,10 @@ class LlavaConfig(ForwardConfig):
     """Padding of batches."""
     ignore_index: int = setting(-100, choice(-100))
     """Label of positions without loss."""
+    tokenizer_padding_side: str = setting("right", choice("right", "left"))
+    """Where rows are filled up whose placeholders became features."""
+    tokenizer_model_max_length: int | None = setting(None, optional(integer(1)))
+    """Positions of a row at most, features counted."""
 
     @property
     def projector_depth(self) -> int:
@@ -172,7 +182,10 @@ class LlavaConfig(ForwardConfig):
         if not all(0 <= depth < num_states for depth in self.feature_depths):
             raise ConfigError(f"vision_feature_layer {self.vision_feature_layer} must name one of the tower's {num_states} hidden states")
         if self.tie_word_embeddings and not self.text_config.tie_word_embeddings:
-            raise ConfigError("tie_word_embeddings is set for LLaVA but not in text_config; set both or neither")
+            raise ConfigError("tie_word_embeddings is set for LLaVA but not in its text_config; set both or neither")
+        stated = self.to_dict().get("mm_hidden_size", self.feature_width)
+        if stated != self.feature_width:
+            raise ConfigError(f"mm_hidden_size is {stated}, but the tower's features are {self.feature_width} wide")
         if self.mm_projector_type == "identity" and self.feature_width != self.text_config.hidden_size:
             raise ConfigError(
                 f"mm_projector_type identity needs features as wide as the language model ({self.text_config.hidden_size}), "
@@ -181,19 +194,23 @@ class LlavaConfig(ForwardConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read config.json in either form; a v1.6 file gives a LlavaNextConfig. image_token_id is 5.x's name of image_token_index."""
-        if "text_config" not in values and any(key in values for key in _FLAT_KEYS):
-            values = _nested(values)
+        """Read config.json in either form; a v1.6 file gives a LlavaNextConfig. Raises: ConfigError."""
+        values = cls.normalize(values)
         if cls is LlavaConfig and values.get("model_type") == LlavaNextConfig.model_type:
             return cast(Self, LlavaNextConfig.from_dict(values))
-        values = dict(values)
+        return super().from_dict(values)
+
+    @classmethod
+    def normalize(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Read the flat form, 5.x's image_token_id, and tied weights that are only said to be at the top."""
+        values = _nested(values) if _is_flat(values) else dict(values)
         if "image_token_id" in values:
             values.setdefault("image_token_index", values["image_token_id"])
             del values["image_token_id"]
-        for name in ("projector_hidden_act", "text_config", "vision_config", "vision_feature_layer"):
-            if name in values and values[name] is None:
-                del values[name]
-        return super().from_dict(values)
+        text = values.get("text_config")
+        if values.get("tie_word_embeddings") and isinstance(text, Mapping | None):
+            values["text_config"] = {**({} if text is None else text), "tie_word_embeddings": True}
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """Write what transformers reads; the projector's type only where it is not the usual one."""
@@ -202,7 +219,8 @@ class LlavaConfig(ForwardConfig):
         values["image_seq_length"] = self.image_grid.rows * self.image_grid.cols + int(self.image_grid.has_cls)
         if self.mm_projector_type == "mlp2x_gelu":
             del values["mm_projector_type"]
-        return values
+        usual = {"tokenizer_padding_side": "right", "tokenizer_model_max_length": None}
+        return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
     def to_original_dict(self) -> dict[str, Any]:
         """Write the flat form that original LLaVA reads; the tower is named, not described.
@@ -224,13 +242,15 @@ class LlavaConfig(ForwardConfig):
             "mm_projector_type": self.mm_projector_type,
             "mm_vision_select_layer": self.vision_feature_layer,
             "mm_vision_select_feature": features[self.vision_feature_select_strategy],
-            "mm_vision_tower": self._tower_name(),
+            **({} if "mm_vision_tower" in kept else {"mm_vision_tower": self._tower_name()}),
             "mm_use_im_patch_token": False,
             "mm_use_im_start_end": False,
             "use_mm_proj": True,
             **self._anyres_keys(),
             **kept,
             "pad_token_id": self.pad_token_id,
+            "tokenizer_padding_side": self.tokenizer_padding_side,
+            **({} if (most := self.tokenizer_model_max_length) is None else {"tokenizer_model_max_length": most}),
         }
 
     def _anyres_keys(self) -> dict[str, Any]:
@@ -244,7 +264,7 @@ class LlavaConfig(ForwardConfig):
         raise ConfigError("original LLaVA's config.json only names its tower, and this one is none of the published; set mm_vision_tower")
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, init=False)
 class LlavaNextConfig(LlavaConfig):
     """LLaVA-1.6: pictures of any size become a base tile and several more (anyres)."""
 
@@ -269,11 +289,6 @@ class LlavaNextConfig(LlavaConfig):
         if any(length % side for pair in self.image_grid_pinpoints for length in pair):
             raise ConfigError(f"image_grid_pinpoints must be multiples of image_size {side}, got {self.image_grid_pinpoints}")
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read config.json; absent pinpoints are the published ones."""
-        return super().from_dict({name: value for name, value in values.items() if name != "image_grid_pinpoints" or value is not None})
-
     def to_dict(self) -> dict[str, Any]:
         """Write what transformers reads; the merge type only where it is not the usual one."""
         values = super().to_dict()
@@ -290,6 +305,14 @@ _CLASS_PARTS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}
 _TOWER_SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
+def _is_flat(values: Mapping[str, Any]) -> bool:
+    """Whether a file is original LLaVA's: it describes the language model beside the rest, or is of its own type."""
+    if values.get("text_config") is not None or values.get("model_type") == LlavaNextConfig.model_type:
+        return False
+    is_named = str(values.get("model_type")).startswith("llava_")
+    return is_named or ("vision_config" not in values and any(key in values for key in _FLAT_KEYS)) or "mm_vision_tower" in values
+
+
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Turn original LLaVA's flat form into the nested one; keys that neither form knows stay at the top."""
     kind = values.get("model_type")
@@ -299,24 +322,32 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     text_names = {field.name for field in dataclasses.fields(decoder)} | {"rope_parameters"}
     rest = {name: value for name, value in values.items() if name not in text_names}
     text = {name: value for name, value in values.items() if name in text_names}
-    feature = rest.pop("mm_vision_select_feature", "patch")
+
+    def take(name: str, default: Any) -> Any:
+        value = rest.pop(name, None)
+        return default if value is None else value
+
+    feature = take("mm_vision_select_feature", "patch")
     if feature not in _FEATURES:
         raise ConfigError(f"mm_vision_select_feature must be one of {', '.join(_FEATURES)}, got {feature!r}")
     nested = {
         "model_type": LlavaConfig.model_type,
         "text_config": {"model_type": decoder.model_type, **text},
-        "mm_projector_type": rest.pop("mm_projector_type", "linear"),
-        "vision_feature_layer": rest.pop("mm_vision_select_layer", -2),
+        "mm_projector_type": take("mm_projector_type", "linear"),
+        "vision_feature_layer": take("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": _FEATURES[feature],
-        "image_token_index": text.get("vocab_size", decoder.vocab_size),
+        "image_token_index": None,
         "tie_word_embeddings": text.get("tie_word_embeddings", False),
         "pad_token_id": text.get("pad_token_id"),
     }
+    if rest.get("s2"):
+        raise ConfigError("s2 (pictures seen at several scales) is not supported")
     if "vision_config" not in rest:
-        nested["vision_config"] = published_tower(rest.get("mm_vision_tower", "openai/clip-vit-large-patch14-336"))
+        nested["vision_config"] = published_tower(rest.get("mm_vision_tower") or _USUAL_TOWER)
+    rest.setdefault("mm_use_im_patch_token", True)  # what original LLaVA takes an absent key for
     if rest.get("image_aspect_ratio") == "anyres":
-        nested |= {"model_type": LlavaNextConfig.model_type, "mm_patch_merge_type": rest.pop("mm_patch_merge_type", "flat")}
-        pinpoints = _original_pinpoints(rest.pop("image_grid_pinpoints", [list(pair) for pair in DEFAULT_PINPOINTS]))
+        nested |= {"model_type": LlavaNextConfig.model_type, "mm_patch_merge_type": take("mm_patch_merge_type", "flat")}
+        pinpoints = _original_pinpoints(take("image_grid_pinpoints", [list(pair) for pair in DEFAULT_PINPOINTS]))
         nested["image_grid_pinpoints"] = [[height, width] for width, height in pinpoints]
     return {**rest, **nested}
 

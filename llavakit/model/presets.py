@@ -69,9 +69,9 @@ def _clip(text: LlamaConfig, image_token: int, *, is_next: bool = False) -> Llav
 
 
 def _first(text: LlamaConfig) -> LlavaConfig:
-    """Describe the first LLaVA: CLIP at 224 pixels, one linear layer, no row of the vocabulary for pictures."""
+    """Describe the first LLaVA: CLIP at 224 pixels, one linear layer, pictures at -200 alone."""
     tower = published_tower("openai/clip-vit-large-patch14")
-    return LlavaConfig(text_config=text, vision_config=tower, mm_projector_type="linear", image_token_index=text.vocab_size)
+    return LlavaConfig(text_config=text, vision_config=tower, mm_projector_type="linear", image_token_index=None)
 
 
 def _interleave(text: LlamaConfig) -> LlavaConfig:

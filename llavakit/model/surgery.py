@@ -78,9 +78,7 @@ def resize_vocabulary(embedding: TokenEmbedding, head: nn.Linear | None, config:
             head.weight = embedding.weight if is_tied else _with_rows(head.weight, num_tokens)
             head.out_features = num_tokens
         config.restructure(vocab_size=num_tokens)
-        embedding.fresh_rows = range(num_old, num_tokens)
-        if config.pad_token_id is not None and config.pad_token_id in embedding.fresh_rows:
-            embedding.zero_pad_row()
+        embedding.fresh_rows = {row for row in embedding.fresh_rows if row < num_tokens} | set(range(num_old, num_tokens))
 
 
 def _with_rows(weight: Tensor, num_rows: int) -> nn.Parameter:

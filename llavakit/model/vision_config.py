@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from llavakit.config import ModelConfig, choice, integer, number, setting
 from llavakit.errors import ConfigError
@@ -16,7 +16,7 @@ from llavakit.model.config import MAX_WIDTH, layers, width
 __all__ = ["TOWERS", "ClipVisionConfig", "SiglipVisionConfig", "VisionConfig"]
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, init=False)
 class VisionConfig(ModelConfig):
     """A vision transformer on square pictures; use one of its kinds."""
 
@@ -54,8 +54,8 @@ class VisionConfig(ModelConfig):
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read a table; a size may be written as [side, side]. Raises: ConfigError for pictures that are not square."""
+    def normalize(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Read sizes that are written as [side, side]. Raises: ConfigError for pictures that are not square."""
         values = dict(values)
         for name in ("image_size", "patch_size"):
             sides = values.get(name)
@@ -63,7 +63,7 @@ class VisionConfig(ModelConfig):
                 if len(set(sides)) != 1:
                     raise ConfigError(f"{name} must be one side of a square, got {sides!r}")
                 values[name] = sides[0]
-        return super().from_dict(values)
+        return values
 
     def validate(self) -> None:
         """Check divisibility. Raises: ConfigError."""
@@ -73,7 +73,7 @@ class VisionConfig(ModelConfig):
             raise ConfigError(f"patch_size {self.patch_size} must not exceed image_size {self.image_size}")
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, init=False)
 class ClipVisionConfig(VisionConfig):
     """A CLIP vision transformer."""
 
@@ -84,7 +84,7 @@ class ClipVisionConfig(VisionConfig):
     """Width of CLIP's own projection; LLaVA does not use it."""
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, init=False)
 class SiglipVisionConfig(VisionConfig):
     """A SigLIP vision transformer: no class token, no norm before the layers."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.ops.attention import causal_attention, fused_attention
+from llavakit.ops.attention import causal_attention, causal_rows
 
 __all__ = ["CacheShape", "Decode", "KvCache", "Prefill"]
 
@@ -27,6 +27,8 @@ class CacheShape:
     num_kv_heads: int
     head_dim: int
     capacity: int
+    window: int | None = None
+    """Positions that a token sees, itself included; None sees all before it."""
 
 
 class KvCache:
@@ -37,6 +39,7 @@ class KvCache:
         self.keys = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
         self.values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
         self.lengths = [0] * num_rows
+        self.window = shape.window
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, in this order."""
@@ -62,7 +65,7 @@ class Prefill:
         for row, (q, k, v) in enumerate(segments, self.first_row):
             self.cache.keys[layer][row, :, : k.shape[0]] = k.transpose(0, 1)
             self.cache.values[layer][row, :, : v.shape[0]] = v.transpose(0, 1)
-            outputs.append(causal_attention(q, k, v))
+            outputs.append(causal_attention(q, k, v, window=self.cache.window))
         return torch.cat(outputs)
 
     def _attend_even(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ class Prefill:
         rows = slice(self.first_row, self.first_row + num_rows)
         self.cache.keys[layer][rows, :, :length] = k_BKSH
         self.cache.values[layer][rows, :, :length] = v_BKSH
-        return fused_attention(q_BNSH, k_BKSH, v_BKSH, is_causal=True).transpose(1, 2).flatten(0, 1)
+        return causal_rows(q_BNSH, k_BKSH, v_BKSH, window=self.cache.window).transpose(1, 2).flatten(0, 1)
 
 
 class Decode:
@@ -83,10 +86,14 @@ class Decode:
         self.slots_B = torch.tensor(cache.lengths, device=device)
         cache.lengths = [length + 1 for length in cache.lengths]
         self.longest = max(cache.lengths)
-        # Rows of one length need no mask, and attention without one is faster.
-        is_ragged = min(cache.lengths) != self.longest
+        # Rows of one length within the window need no mask, and attention without one is faster.
+        is_windowed = cache.window is not None and self.longest > cache.window
+        needs_mask = min(cache.lengths) != self.longest or is_windowed
         steps_C = torch.arange(self.longest, device=device)
-        self.mask_B11C = (steps_C <= self.slots_B[:, None])[:, None, None] if is_ragged else None
+        seen_BC = steps_C <= self.slots_B[:, None]
+        if cache.window is not None:
+            seen_BC &= steps_C > self.slots_B[:, None] - cache.window
+        self.mask_B11C = seen_BC[:, None, None] if needs_mask else None
         self.rows_B = torch.arange(len(cache.lengths), device=device)
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:

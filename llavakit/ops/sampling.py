@@ -27,14 +27,14 @@ def adjust(scores_V: Tensor, params: SamplingParams, ids: Sequence[int], num_new
     scores = scores_V.float()
     size = scores.numel()
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted({index for index in ids if index < size}), device=scores.device)
+        seen = torch.tensor(sorted({index for index in ids if 0 <= index < size}), device=scores.device)
         values = scores[seen]
         values = torch.where(values < 0, values * params.repetition_penalty, values / params.repetition_penalty)
         scores = scores.index_copy(0, seen, values)
     banned = _repeating(ids, params.no_repeat_ngram_size)
     if num_new < params.min_tokens:
         banned |= set(end_ids)
-    if banned := {index for index in banned if index < size}:
+    if banned := {index for index in banned if 0 <= index < size}:
         scores = scores.index_fill(0, torch.tensor(sorted(banned), device=scores.device), -torch.inf)
     return scores
 

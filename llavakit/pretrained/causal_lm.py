@@ -21,11 +21,11 @@ from llavakit.ops.loss import IGNORE
 from llavakit.pretrained.dense import DenseInput, DenseResult, run_dense
 from llavakit.pretrained.files import PretrainedFiles
 from llavakit.pretrained.generation import Generation
-from llavakit.pretrained.inputs import Batch, check_batch
+from llavakit.pretrained.inputs import Batch, check_batch, num_cached
 from llavakit.pretrained.outputs import BaseModelOutputWithPast, Cache, CausalLMOutputWithPast
 from llavakit.pretrained.pictures import gather
 from llavakit.pretrained.resizing import ResizableVocabulary
-from llavakit.pretrained.splice import splice
+from llavakit.pretrained.splice import Slots, has_images, splice
 
 __all__ = ["LlamaForCausalLM", "LlamaModel", "LlavaLlamaForCausalLM"]
 
@@ -148,11 +148,15 @@ class LlavaLlamaForCausalLM(PretrainedFiles, ResizableVocabulary, Generation, Ll
         accordingly; a full run keeps its length.
         Raises: InputError when ids and pictures do not fit, and for whatever else does not.
         """
+        num_past = num_cached(past_key_values)
         pictures = gather(self.config, images=images, pixel_values=pixel_values, image_sizes=image_sizes)
+        if input_ids is not None and num_past and input_ids.shape[-1] == 1 and not has_images(input_ids, self.config):
+            pictures = None  # a cached step: original LLaVA hands its pictures on at every one
         if pictures is not None and input_ids is None:
             raise InputError("pictures go where input_ids have image ids; inputs_embeds hold their features already")
         if input_ids is not None and pictures is not None:
-            spliced = splice(input_ids, attention_mask, labels, image_id=self.config.image_token_index, counts=pictures.counts)
+            slots = Slots.of(self.config, pictures.counts)
+            spliced = splice(input_ids, attention_mask, labels, slots=slots, num_past=num_past)
             input_ids, attention_mask, labels = spliced.ids_BS, spliced.attention_mask, spliced.labels
         batch = Batch(
             input_ids=input_ids,

@@ -21,7 +21,7 @@ from llavakit.model.llava_config import LlavaConfig
 from llavakit.pretrained.inputs import Batch, check_batch
 from llavakit.pretrained.outputs import GenerateOutput
 from llavakit.pretrained.pictures import Pictures, gather
-from llavakit.pretrained.splice import splice
+from llavakit.pretrained.splice import Slots, splice
 from llavakit.processing.processor import Prompt
 from llavakit.types import Completion, SamplingParams
 
@@ -78,17 +78,19 @@ class Generation(nn.Module):
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        no_repeat_ngram_size: int = 0,
-        num_beams: int = 1,
+        no_repeat_ngram_size: int | None = None,
+        num_beams: int | None = None,
         num_return_sequences: int = 1,
-        length_penalty: float = 1.0,
-        early_stopping: bool | Literal["never"] = False,
+        length_penalty: float | None = None,
+        early_stopping: bool | Literal["never"] | None = None,
         seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         logits_processor: Sequence[ScoreHook] = (),
         streamer: Streamer | None = None,
         return_dict_in_generate: bool = False,
+        inputs: Tensor | None = None,
+        use_cache: bool = True,  # noqa: ARG002 - ids do not depend on it
     ) -> Any:
         """Continue [B, S] ids and return prompt and new ids, shorter rows filled up with the pad id on the right.
 
@@ -97,33 +99,39 @@ class Generation(nn.Module):
         Pictures (see pictures.gather) belong to the image ids in order over the batch; prompts come back expanded. Padding may lie on
         either side. With inputs_embeds [B, S, D] only new ids come back. max_length and min_length count the padded prompt. With
         num_return_sequences each row comes back so many times. Row i draws from its own generator, seeded with seed + i.
-        logits_processor holds callables (ids [1, T], scores [1, V]) -> scores. The cache is always used; ids do not depend on it.
+        logits_processor holds callables (ids [1, T], scores [1, V]) -> scores. What is None comes from the checkpoint's
+        generation_config.json. inputs is another name of input_ids; the cache is always used, since ids do not depend on it.
         Raises: InputError, PromptError.
         """
-        if streamer is not None and num_beams > 1:
-            raise InputError("a streamer needs tokens as they come, a beam search knows them at its end; set num_beams to 1")
+        if inputs is not None and input_ids is not None:
+            raise InputError("inputs and input_ids are the same thing; give one of them")
         given = self.generation
         pictures = self._pictures(images, pixel_values, image_sizes)
-        prompts = self._prompts(input_ids, inputs_embeds, attention_mask, pictures)
-        is_drawn = _first(do_sample, given.do_sample, default=False)
+        prompts = self._prompts(inputs if input_ids is None else input_ids, inputs_embeds, attention_mask, pictures)
+        beams = _first(num_beams, given.num_beams, default=1)
+        is_drawn = _first(do_sample, given.do_sample if beams == 1 else None, default=False)
+        if streamer is not None and beams > 1:
+            raise InputError("a streamer needs tokens as they come, a beam search knows them at its end; set num_beams to 1")
+        new, total = (max_new_tokens, max_length) if max_new_tokens or max_length else (given.max_new_tokens, given.max_length)
+        least, least_total = (min_new_tokens, min_length) if min_new_tokens or min_length else (given.min_new_tokens, given.min_length)
         params = SamplingParams(
-            max_tokens=_new_tokens(max_new_tokens, max_length, prompts.width, _MAX_NEW_TOKENS),
-            min_tokens=max(0, _new_tokens(min_new_tokens, min_length, prompts.width, 0)),
+            max_tokens=_new_tokens(new, total, prompts.width, _MAX_NEW_TOKENS),
+            min_tokens=max(0, _new_tokens(least, least_total, prompts.width, 0)),
             temperature=_first(temperature, given.temperature, default=1.0) if is_drawn else 0.0,
             top_k=_first(top_k, given.top_k, default=_TOP_K) if is_drawn else 0,
             top_p=_first(top_p, given.top_p, default=1.0) if is_drawn else 1.0,
-            min_p=_first(min_p, None, default=0.0) if is_drawn else 0.0,
+            min_p=_first(min_p, given.min_p, default=0.0) if is_drawn else 0.0,
             repetition_penalty=_first(repetition_penalty, given.repetition_penalty, default=1.0),
-            no_repeat_ngram_size=no_repeat_ngram_size,
+            no_repeat_ngram_size=_first(no_repeat_ngram_size, given.no_repeat_ngram_size, default=0),
             n=num_return_sequences,
-            num_beams=num_beams,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
+            num_beams=beams,
+            length_penalty=_first(length_penalty, given.length_penalty, default=1.0),
+            early_stopping=_first(early_stopping, given.early_stopping, default=False),
         )
         ends = self._end_ids(eos_token_id)
-        completions = self._run(prompts, params, ends, _Calls(tuple(logits_processor), seed, streamer))
-        pads = (pad_token_id, given.pad_token_id, self.config.pad_token_id, min(ends, default=None))
-        fill = next((pad for pad in pads if pad is not None), 0)
+        completions = self._run(prompts, params, frozenset(ends), _Calls(tuple(logits_processor), seed, streamer))
+        own = (self.config.pad_token_id, self.config.get_text_config().pad_token_id)
+        fill = next((pad for pad in (pad_token_id, given.pad_token_id, *own, *ends) if pad is not None), 0)
         sequences = _joined(prompts.head_BS.repeat_interleave(num_return_sequences, 0), completions, fill)
         if not return_dict_in_generate:
             return sequences
@@ -150,10 +158,10 @@ class Generation(nn.Module):
         answers = (request.completion() for request in requests)
         return [one for answer in answers for one in (answer, *answer.others)]
 
-    def _end_ids(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+    def _end_ids(self, eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
         if eos_token_id is None:
-            return self.generation.end_ids or self.config.get_text_config().end_ids()
-        return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+            return self.generation.end_ids or tuple(self.config.get_text_config().end_ids())
+        return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
 
     def _pictures(self, images: Any, pixel_values: Any, image_sizes: Any) -> Pictures | None:
         if isinstance(self.config, LlavaConfig):
@@ -168,8 +176,8 @@ class Generation(nn.Module):
         """Cut the batch into prompts without padding, each with its own pictures."""
         mask, image_id, counts = attention_mask, -1, pictures.counts if pictures is not None else ()
         if isinstance(self.config, LlavaConfig) and input_ids is not None:
-            image_id = self.config.image_token_index
-            spliced = splice(input_ids, mask, None, image_id=image_id, counts=counts)
+            slots = Slots.of(self.config, counts)
+            image_id, spliced = slots.image_id, splice(input_ids, mask, None, slots=slots)
             input_ids, mask = spliced.ids_BS, spliced.attention_mask
         batch = Batch(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=None, past=None)
         check_batch(batch, self.config.get_text_config())

@@ -1,6 +1,6 @@
 """What callers hand to the batch-shaped forward, checked before any of it is computed with.
 
-Owns: Batch, check_batch, check_id_shape. A shape, dtype or value that cannot be meant is one InputError that names it.
+Owns: Batch, check_batch, check_id_shape, num_cached. A shape, dtype or value that cannot be meant is one InputError that names it.
 Cost: a few comparisons over [B, S] per call. On CUDA each check of values waits for the device; those who cannot wait use the packed
 core, as engine and trainer do. The range of ids is checked where they are looked up (model.llava).
 Legend: B rows  S new positions  C cached positions  K key-value heads  H head width  D model width
@@ -18,7 +18,7 @@ from llavakit.model.config import LlamaConfig
 from llavakit.ops.loss import IGNORE
 from llavakit.pretrained.outputs import Cache
 
-__all__ = ["Batch", "check_batch", "check_id_shape"]
+__all__ = ["Batch", "check_batch", "check_id_shape", "num_cached"]
 
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -68,13 +68,21 @@ def _check_embeds(x_BSD: Tensor, width: int) -> tuple[int, int]:
     return x_BSD.shape[0], x_BSD.shape[1]
 
 
-def _check_past(past: Cache, config: LlamaConfig, num_rows: int) -> int:
-    """Return how many positions the cache holds."""
+def num_cached(past: Cache | None) -> int:
+    """Return how many positions a cache holds. Raises: InputError when it is no pairs of tensors."""
+    return 0 if past is None else next((shape[2] for shape in _past_shapes(past) if len(shape) == 4), 0)
+
+
+def _past_shapes(past: Cache) -> set[tuple[int, ...]]:
     try:
-        shapes = {tuple(tensor.shape) for keys, values in past for tensor in (keys, values)}
+        return {tuple(tensor.shape) for keys, values in past for tensor in (keys, values)}
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError("past_key_values must be one pair (keys, values) for each layer, as a forward of this model returns") from error
-    num_past = next((shape[2] for shape in shapes if len(shape) == 4), 0)
+
+
+def _check_past(past: Cache, config: LlamaConfig, num_rows: int) -> int:
+    """Return how many positions the cache holds."""
+    shapes, num_past = _past_shapes(past), num_cached(past)
     expected = (num_rows, config.num_kv_heads, num_past, config.head_width)
     if len(past) != config.num_hidden_layers or shapes != {expected}:
         raise InputError(

@@ -46,6 +46,8 @@ class ResizableVocabulary(nn.Module):
         resize_vocabulary(embedding, self.get_output_embeddings(), text, wanted)
         if text is not self.config and "vocab_size" in self.config.to_dict():
             self.config.vocab_size = wanted  # transformers 4.x kept a copy beside text_config
+        if embedding.has_pad_row():
+            embedding.settle()
         return embedding
 
     def _decoder(self) -> LlamaDecoder:

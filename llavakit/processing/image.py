@@ -314,6 +314,7 @@ class ImageProcessor:
 
         Raises: CheckpointError where it asks for something else than CLIP's or SigLIP's steps.
         """
+        values = {name: value for name, value in values.items() if value is not None}
         for name, expected in _FIXED.items():
             if values.get(name, expected) != expected:
                 raise CheckpointError(f"the image processor has {name}={values[name]!r}; only {expected!r} is supported")
@@ -322,17 +323,24 @@ class ImageProcessor:
         crops = values.get("do_center_crop", not is_siglip)
         if not isinstance(crops, bool):
             raise CheckpointError(f"the image processor has do_center_crop={crops!r}; true or false is supported")
-        is_stretched = not crops and pinpoints is None
-        side = _stretched_side(values) if is_stretched else _side(values, "size")
-        one_tile: Aspect = "pad" if values.get("do_pad") is True else "stretch" if is_stretched else "crop"
+        is_padded = values.get("do_pad") is True and pinpoints is None
+        is_stretched = not crops and pinpoints is None and not is_padded
+        size = values.get("size")
+        is_square = pinpoints is not None and isinstance(size, Mapping) and set(size) == {"height", "width"}
+        side = _stretched_side(values) if is_stretched or is_square else _side(values, "size")
+        one_tile: Aspect = "pad" if is_padded else "stretch" if is_stretched else "crop"
+        crop = side if is_stretched or not crops else _side(values, "crop_size")
+        chosen = () if pinpoints is None else read_pinpoints(pinpoints)
+        if any(length % crop for pair in chosen for length in pair):
+            raise CheckpointError(f"image_grid_pinpoints must be multiples of the tile's side {crop}, got {pinpoints!r}")
         half = (0.5, 0.5, 0.5)
         return cls(
             size_px=side,
-            crop_px=side if is_stretched else _side(values, "crop_size"),
+            crop_px=crop,
             aspect=one_tile if pinpoints is None else "anyres",
             mean=_triple(values, "image_mean", half if is_siglip else _CLIP_MEAN),
             std=_triple(values, "image_std", half if is_siglip else _CLIP_STD),
-            pinpoints=() if pinpoints is None else read_pinpoints(pinpoints),
+            pinpoints=chosen,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -118,8 +118,7 @@ class LlavaProcessor:
         if self.image_processor.aspect != "anyres":
             encoded = self._encode(ask, (self.tile_grid,) * len(parts))
         sizes = [image_size(part.data, self.limits, faithful=self.is_faithful) for part in parts]
-        if (num_pixels := sum(width * height for width, height in sizes)) > (most := self.limits.max_total_pixels):
-            raise ImageError(f"the pictures have {num_pixels} pixels together, at most {most} are allowed; scale them down")
+        self._check_pixels(sizes)
         if self.image_processor.aspect == "anyres":
             encoded = self._encode(ask, self._grids(sizes))
         images = [decode_image(part.data, self.limits, faithful=self.is_faithful) for part in parts]
@@ -175,7 +174,11 @@ class LlavaProcessor:
         mark = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         if (num_marks := sum(item.count(mark) for item in texts)) != len(listed):
             raise PromptError(f"the text has {num_marks} {mark} marks and there are {len(listed)} pictures; each picture needs one mark")
-        pictures = [decode_image(item, self.limits) if isinstance(item, bytes) else item for item in listed]
+        sizes = [image_size(item, self.limits, faithful=self.is_faithful) if isinstance(item, bytes) else item.size for item in listed]
+        self._check_pixels(sizes)
+        pictures = [
+            decode_image(item, self.limits, faithful=self.is_faithful) if isinstance(item, bytes) else item for item in listed
+        ]
         counts = iter([num_image_tokens(grid) for grid in self._grids([picture.size for picture in pictures])])
         expanded = ["".join(mark * next(counts) if part == mark else part for part in _split_marks(item, mark)) for item in texts]
         return {**self.tokenizer(expanded, padding=padding, return_tensors="pt"), **self._pixel_values(pictures)}
@@ -188,6 +191,10 @@ class LlavaProcessor:
             return {"pixel_values": torch.cat(tiles)}
         sizes = torch.tensor([(picture.height, picture.width) for picture in pictures])
         return {"pixel_values": torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True), "image_sizes": sizes}
+
+    def _check_pixels(self, sizes: Sequence[tuple[int, int]]) -> None:
+        if (num_pixels := sum(width * height for width, height in sizes)) > (most := self.limits.max_total_pixels):
+            raise ImageError(f"the pictures have {num_pixels} pixels together, at most {most} are allowed; scale them down")
 
     def _grids(self, sizes: Sequence[tuple[int, int]]) -> list[ImageGrid]:
         return [self.image_processor.grid(size, self.tile_grid) for size in sizes]

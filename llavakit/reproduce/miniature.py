@@ -194,7 +194,7 @@ def _processor(context: StageContext, template: str) -> LlavaProcessor:
         tokenizer=tokenizer,
         image_processor=_image_processor(),
         template=TEMPLATES[template],
-        image_token_id=config.image_token_index,
+        image_token_id=_PIECES,
         patch_size=config.vision_config.patch_size,
     )
 

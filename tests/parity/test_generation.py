@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,8 +208,48 @@ def test_the_checkpoints_own_settings_come_behind_the_callers() -> None:
     _, ours = pair(VARIANTS[0])
     ids = ids_of(10)[:1]
     greedy = ours.generate(ids, max_new_tokens=6, eos_token_id=[])
-    ours.generation = GenerationDefaults(end_ids=frozenset({int(greedy[0, 10])}), do_sample=False)
+    ours.generation = GenerationDefaults(end_ids=(int(greedy[0, 10]),), do_sample=False)
     assert torch.equal(ours.generate(ids, max_new_tokens=6), greedy[:, :11])
     ours.generation = GenerationDefaults(do_sample=True, temperature=1e-4)
     assert torch.equal(ours.generate(ids, max_new_tokens=6, eos_token_id=[]), greedy)
     assert torch.equal(ours.generate(ids, max_new_tokens=6, eos_token_id=[], do_sample=False), greedy)
+
+
+def test_original_llavas_own_call_works() -> None:
+    model = LlavaLlamaForCausalLM(llava_config())
+    pixels = torch.randn(1, 3, SIDE, SIDE)
+    ids = torch.tensor([[1, -200, 5]])
+    given: dict[str, Any] = {"do_sample": False, "temperature": 0, "top_p": None, "num_beams": 1, "max_new_tokens": 4, "use_cache": True}
+    out = model.generate(inputs=ids, images=pixels, image_sizes=[(SIDE, SIDE)], **given)
+    assert out.shape[1] <= NUM_IMAGE_TOKENS + 2 + 4
+    with pytest.raises(InputError, match="inputs and input_ids are the same thing"):
+        model.generate(ids, inputs=ids)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"max_length": 20},
+        {"max_new_tokens": 7},
+        {"num_beams": 3, "max_new_tokens": 6},
+        {"no_repeat_ngram_size": 1, "max_new_tokens": 12},
+        {"min_new_tokens": 9, "max_length": 25},
+    ],
+    ids=str,
+)
+def test_the_files_settings_equal_transformers(file: dict[str, Any], tmp_path: Path) -> None:
+    oracle, _ = pair(VARIANTS[0])
+    oracle.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 19], "pad_token_id": 5, **file}))
+    again = type(oracle).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ids = ids_of(11)
+    expected = again.generate(ids, attention_mask=torch.ones_like(ids))
+    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path).generate(ids), expected)
+
+
+def test_a_file_that_draws_does_not_stand_in_a_searchs_way() -> None:
+    _, ours = pair(VARIANTS[0])
+    ids = ids_of(12)
+    expected = ours.generate(ids, num_beams=2, max_new_tokens=5)
+    ours.generation = GenerationDefaults(do_sample=True, temperature=0.6)
+    assert torch.equal(ours.generate(ids, num_beams=2, max_new_tokens=5), expected)

@@ -10,7 +10,7 @@ from llavakit.geometry import num_image_tokens
 from llavakit.model.config import LlamaConfig, MistralConfig, Qwen2Config
 from llavakit.model.llava_config import LlavaConfig, LlavaNextConfig, published_tower
 from llavakit.model.vision_config import ClipVisionConfig, SiglipVisionConfig, VisionConfig
-from llavakit.pretrained.causal_lm import LlavaLlamaForCausalLM
+from llavakit.pretrained.causal_lm import LlamaForCausalLM, LlavaLlamaForCausalLM
 from tests.tiny import llava, llava_config
 
 HF_15_7B = {  # the fields of llava-hf/llava-1.5-7b-hf's config.json
@@ -150,7 +150,9 @@ def test_both_names_of_the_image_token() -> None:
         (LlavaConfig, {"text_config": {"model_type": "gemma"}}, "'gemma'; supported are llama, mistral, qwen2"),
         (LlavaConfig, {"vision_config": {"model_type": "dinov2"}}, "'dinov2'; supported are clip_vision_model, siglip_vision_model"),
         (LlavaConfig, {"text_config": 3}, "text_config must be a LlamaConfig or a table"),
-        (LlavaConfig, {"tie_word_embeddings": True}, "set both or neither"),
+        (LlavaConfig, {"tie_word_embeddings": True, "text_config": LlamaConfig()}, "set both or neither"),
+        (LlavaConfig, {"model_type": "llava", "mm_hidden_size": 3072}, "mm_hidden_size is 3072"),
+        (LlavaConfig, {"model_type": "llava", "mm_hidden_size": 1024, "s2": True}, "s2"),
     ],
 )
 def test_wrong_values_name_field_value_and_range(
@@ -230,7 +232,7 @@ def test_the_flat_form_is_read_and_written() -> None:
     assert isinstance(config, LlavaNextConfig)
     assert (config.merge, config.has_newline, config.feature_depths) == ("spatial_unpad", True, (23,))
     assert config.image_grid_pinpoints[:2] == [[672, 336], [336, 672]]  # (height, width), in the file's order
-    assert (config.text_config.rms_norm_eps, config.text_config.pad_token_id, config.image_token_index) == (1e-5, 0, 32000)
+    assert (config.text_config.rms_norm_eps, config.text_config.pad_token_id, config.image_token_index) == (1e-5, 0, None)
     assert config.unfreeze_mm_vision_tower is True
     written = config.to_original_dict()
     assert {name: written.get(name) for name in ORIGINAL_16_7B} == {**ORIGINAL_16_7B, "model_type": "llava"}
@@ -269,13 +271,13 @@ def test_scaling_is_read_from_either_spelling_and_written_in_both(scaling: dict[
     assert LlamaConfig.from_dict(written).rope_scaling == kept
 
 
-def test_contexts_are_stretched_by_linear_scaling_alone_and_end_at_windows() -> None:
+def test_contexts_are_stretched_by_linear_scaling_alone() -> None:
     def context(cls: type[LlamaConfig], **values: Any) -> int:
         return cls(max_position_embeddings=4096, **values).context_len
 
     assert context(LlamaConfig) == context(LlamaConfig, rope_scaling={"type": "dynamic", "factor": 4.0}) == 4096
     assert context(LlamaConfig, rope_scaling={"type": "linear", "factor": 4.0}) == 16384
-    assert (context(MistralConfig, sliding_window=512), context(MistralConfig, sliding_window=None)) == (512, 4096)
+    assert (context(MistralConfig, sliding_window=512), context(MistralConfig, sliding_window=None)) == (4096, 4096)
 
 
 def test_transformers_defaults_are_ours() -> None:
@@ -291,3 +293,51 @@ def test_transformers_defaults_are_ours() -> None:
 def test_a_published_tower_is_known_by_its_id_alone() -> None:
     assert published_tower("openai/clip-vit-large-patch14-336") == ClipVisionConfig()
     assert published_tower("google/siglip-so400m-patch14-384").num_patches == 729
+
+
+def test_constructors_take_every_spelling_and_names_that_nobody_knows() -> None:
+    config = LlavaConfig(image_token_id=7, torch_dtype="float16", text_config={"my-key": 1, "window": 2, "vocab_size": 64})
+    assert (config.image_token_index, config.torch_dtype) == (7, "float16")
+    assert config.to_dict()["text_config"].items() >= {"my-key": 1, "window": 2, "vocab_size": 64}.items()
+    assert LlamaConfig(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}).rope_theta == 5e5
+    assert LlamaConfig.from_dict(config.text_config.to_dict()) == config.text_config
+
+
+def test_nulls_are_absent_where_a_field_holds_none() -> None:
+    names = ("rope_theta", "pretraining_tp", "attention_bias", "use_cache", "tie_word_embeddings", "initializer_range")
+    assert LlamaConfig.from_dict(dict.fromkeys(names)) == LlamaConfig()
+    assert LlamaConfig.from_dict({"bos_token_id": None}).bos_token_id is None
+    top = ("tie_word_embeddings", "ignore_index", "vision_feature_select_strategy", "text_config", "vision_config", "vision_feature_layer")
+    assert LlavaConfig.from_dict(dict.fromkeys(top)) == LlavaConfig()
+    flat = {"model_type": "llava", "mm_hidden_size": 1024}
+    for name in ("mm_projector_type", "mm_vision_select_feature", "mm_vision_tower", "mm_vision_select_layer"):
+        assert LlavaConfig.from_dict({**flat, name: None}).text_config == LlavaConfig.from_dict(flat).text_config
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "llava_llama", "hidden_size": 64, "num_attention_heads": 4},
+        {"model_type": "llava", "hidden_size": 64, "num_attention_heads": 4, "mm_projector_type": "mlp2x_gelu"},
+    ],
+)
+def test_the_flat_form_is_known_by_the_language_models_keys_too(values: dict[str, Any]) -> None:
+    assert LlavaConfig.from_dict(values).text_config.hidden_size == 64
+
+
+def test_absent_flags_of_the_flat_form_are_written_as_they_were_meant() -> None:
+    flat = {"model_type": "llava", "mm_hidden_size": 1024, "mm_vision_tower": "/data/openai/clip-vit-large-patch14-336"}
+    written = LlavaConfig.from_dict(flat).to_original_dict()
+    assert written["mm_use_im_patch_token"] is True
+    assert written["mm_vision_tower"] == flat["mm_vision_tower"]
+
+
+def test_tied_weights_may_be_said_at_the_top_alone() -> None:
+    config = LlavaConfig.from_dict({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}})
+    assert config.text_config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(("cls", "config"), [(LlamaForCausalLM, LlavaConfig()), (LlavaLlamaForCausalLM, LlamaConfig())])
+def test_models_name_the_config_that_they_are_built_from(cls: Any, config: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{cls.__name__} is built from a .*, got {type(config).__name__}"):
+        cls(config)

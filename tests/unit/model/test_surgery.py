@@ -10,7 +10,7 @@ from llavakit.errors import ConfigError, InputError
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.surgery import freeze, init_weights
 from llavakit.pretrained.causal_lm import LlamaForCausalLM, LlamaModel, LlavaLlamaForCausalLM
-from tests.tiny import VARIANTS, VOCAB, Variant, llama, llama_config, llava, llava_config
+from tests.tiny import NUM_IMAGE_TOKENS, SIDE, VARIANTS, VOCAB, Variant, llama, llama_config, llava, llava_config
 
 
 def filled(seed: int) -> LlavaCore:
@@ -151,3 +151,36 @@ def test_tensor_parallel_slices_are_rounded_one_by_one() -> None:
     config.pretraining_tp = 5
     with pytest.raises(ConfigError, match="must divide the width 96"):
         layer(x)
+
+
+@pytest.mark.parametrize("steps", [(VOCAB + 1,), (VOCAB + 1, VOCAB + 64)], ids=str)
+def test_a_new_pad_row_is_zero_in_what_is_saved_too(steps: tuple[int, ...], tmp_path: Path) -> None:
+    model = llava()
+    for size in steps:
+        model.resize_token_embeddings(size)
+    model.config.pad_token_id = VOCAB
+    model.save_pretrained(tmp_path)
+    assert not LlavaLlamaForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight[VOCAB].any()
+
+
+def test_a_row_that_was_loaded_after_resizing_stays() -> None:
+    source, model = llama(), llama()
+    for each in (source, model):
+        each.resize_token_embeddings(VOCAB + 1)
+    source.get_input_embeddings().weight.data[VOCAB] = 3.0
+    model.load_state_dict(source.state_dict())
+    model.config.pad_token_id = VOCAB
+    assert bool((model.get_input_embeddings()(torch.tensor([VOCAB])) == 3.0).all())
+
+
+def test_models_without_an_image_token_take_pictures_at_the_placeholder_alone() -> None:
+    config = llava_config()
+    config.image_token_index = None
+    model = LlavaLlamaForCausalLM(config)
+    model.resize_token_embeddings(VOCAB + 1)
+    model.config.pad_token_id = VOCAB
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    assert model(torch.tensor([[1, 5, 6], [1, 5, VOCAB]]), attention_mask=mask).logits.isfinite().all()
+    pixels = torch.randn(1, 3, SIDE, SIDE)
+    assert model(torch.tensor([[1, -200, 5]]), images=pixels).logits.shape[1] == NUM_IMAGE_TOKENS + 2
+    assert model.generate(torch.tensor([[1, -200, 5]]), images=pixels, max_new_tokens=2, eos_token_id=[]).shape[1] == NUM_IMAGE_TOKENS + 4

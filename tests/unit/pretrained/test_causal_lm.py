@@ -149,3 +149,20 @@ def test_what_forward_returns_falls_back_to_the_config() -> None:
         model.config.return_dict = False
         assert isinstance(model(ids), tuple)
         assert not isinstance(model(ids, return_dict=True), tuple)
+
+
+def test_a_picture_may_come_in_a_later_turn_over_a_cache() -> None:
+    model, pixels = llava(), torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
+    first, second = torch.tensor([[1, 5, -200, 7]]), torch.tensor([[9, -200, 11]])
+    whole = model(torch.cat((first, second), 1), images=pixels).logits
+    cache = model(first, images=pixels[:1]).past_key_values
+    for mask in (None, torch.ones(1, cache[0][0].shape[2] + 3)):
+        later = model(second, images=pixels[1:], past_key_values=cache, attention_mask=mask).logits
+        torch.testing.assert_close(later, whole[:, -later.shape[1] :], atol=1e-4, rtol=0)
+
+
+def test_a_cached_step_of_one_token_leaves_pictures_alone() -> None:
+    model, pixels = llava(), torch.randn(1, 3, SIDE, SIDE)
+    cache = model(torch.tensor([[1, -200]]), images=pixels).past_key_values
+    with_pictures = model(torch.tensor([[9]]), images=pixels, past_key_values=cache).logits
+    assert torch.equal(with_pictures, model(torch.tensor([[9]]), past_key_values=cache).logits)

@@ -303,12 +303,27 @@ def test_absent_settings_are_clips() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"resample": 2}, {"do_resize": False}, {"do_center_crop": None}, {"do_rescale": False}, {"rescale_factor": 1.0},
+        {"resample": 2}, {"do_resize": False}, {"do_center_crop": 1}, {"do_rescale": False}, {"rescale_factor": 1.0},
         {"size": {"height": 336, "width": 336}}, {"size": "big"}, {"size": 0}, {"size": True}, {"size": 10**6},
         {"crop_size": {"height": 336, "width": 224}}, {"crop_size": {}},
-        {"image_mean": [0.5]}, {"image_mean": 3}, {"image_std": [1, 2, "x"]}, {"image_std": None},
+        {"image_mean": [0.5]}, {"image_mean": 3}, {"image_std": [1, 2, "x"]},
     ],
 )  # fmt: skip
 def test_other_settings_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=next(iter(change))):
         ImageProcessor.from_dict({**ImageProcessor().to_dict(), **change})
+
+
+def test_nulls_count_as_absent_and_square_sizes_in_either_form() -> None:
+    nulls = dict.fromkeys(("size", "crop_size", "image_mean", "image_std", "resample", "do_center_crop", "rescale_factor", "do_pad"))
+    assert ImageProcessor.from_dict(nulls) == ImageProcessor.from_dict({})
+    values = {"image_grid_pinpoints": [[28, 56]], "crop_size": 28}
+    shortest, square = {"size": {"shortest_edge": 28}}, {"size": {"height": 28, "width": 28}}
+    assert ImageProcessor.from_dict({**values, **shortest}) == ImageProcessor.from_dict({**values, **square})
+    padded = {"do_pad": True, "size": {"shortest_edge": 28}}
+    assert ImageProcessor.from_dict({**padded, "do_center_crop": False}) == ImageProcessor.from_dict({**padded, "crop_size": 28})
+
+
+def test_pinpoints_must_be_whole_tiles() -> None:
+    with pytest.raises(CheckpointError, match="multiples of the tile's side 224"):
+        ImageProcessor.from_dict({"image_grid_pinpoints": [[336, 672]]})
