@@ -129,9 +129,7 @@ class LlavaCore(nn.Module):
         """Return the language model's table of token embeddings."""
         return self.language_model.get_input_embeddings()
 
-    def encode_images(
-        self, pixels_N3SS: Tensor, grids: Sequence[ImageGrid] | None = None, *, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def encode_images(self, pixels_N3SS: Tensor, grids: Sequence[ImageGrid] | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
         """Turn N tiles into projected features_FD, picture by picture; grids say which tiles are one picture (None: each is).
 
         Gradients reach the tower only where it is trainable.

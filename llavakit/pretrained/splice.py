@@ -95,9 +95,7 @@ def _check_widths(ids_BS: Tensor, attention_mask: Tensor | None, labels: Tensor 
     for name, values, wide in (("attention_mask", attention_mask, num_past + ids_BS.shape[1]), ("labels", labels, ids_BS.shape[1])):
         expected = [ids_BS.shape[0], wide]
         if values is not None and list(values.shape) != expected:
-            raise InputError(
-                f"{name} must be {expected} like the ids, whose image ids are still to be expanded, got {list(values.shape)}"
-            )
+            raise InputError(f"{name} must be {expected} like the ids, whose image ids are still to be expanded, got {list(values.shape)}")
 
 
 def _repeats(ids_S: Sequence[int], image_id: int, pending: deque[int]) -> list[int]:

@@ -176,9 +176,7 @@ class LlavaProcessor:
             raise PromptError(f"the text has {num_marks} {mark} marks and there are {len(listed)} pictures; each picture needs one mark")
         sizes = [image_size(item, self.limits, faithful=self.is_faithful) if isinstance(item, bytes) else item.size for item in listed]
         self._check_pixels(sizes)
-        pictures = [
-            decode_image(item, self.limits, faithful=self.is_faithful) if isinstance(item, bytes) else item for item in listed
-        ]
+        pictures = [decode_image(item, self.limits, faithful=self.is_faithful) if isinstance(item, bytes) else item for item in listed]
         counts = iter([num_image_tokens(grid) for grid in self._grids([picture.size for picture in pictures])])
         expanded = ["".join(mark * next(counts) if part == mark else part for part in _split_marks(item, mark)) for item in texts]
         return {**self.tokenizer(expanded, padding=padding, return_tensors="pt"), **self._pixel_values(pictures)}

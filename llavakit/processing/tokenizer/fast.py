@@ -4,7 +4,8 @@ Owns: the public methods of transformers 4.37's fast tokenizer on such a file (L
 that is converted. Refuses: files whose decoder is of another kind; transformers' normalising of ids beyond the file.
 Deviations from 4.37, which raises or returns None there: get_special_tokens_mask of raw ids, save_vocabulary without a folder,
 ids outside the vocabulary. create_token_type_ids_from_sequences counts the special tokens, as its documentation says and as calls
-do. The file's own post-processor stays until a flag is set or update_post_processor is called.
+do; tokenize returns tokens of the vocabulary where 4.37 returns the stretch of text that an added token took.
+The file's own post-processor stays until a flag is set or update_post_processor is called.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from tokenizers import AddedToken
 from llavakit.errors import CheckpointError, InputError
 from llavakit.processing.tokenizer.added_tokens import AddedTokens, Numbered, in_order, special_token
 from llavakit.processing.tokenizer.batch import Side
-from llavakit.processing.tokenizer.fast_json import template_processor, tokenizer_json
+from llavakit.processing.tokenizer.fast_json import portable_json, template_processor, tokenizer_json
 from llavakit.processing.tokenizer.frame import Frame, frame_of_flags, frame_of_json
 from llavakit.processing.tokenizer.sentence_model import MODEL_NAME, SentenceModel, read_model, save_model
-from llavakit.processing.tokenizer.settings import Settings, assign_roles, read_settings, settings_files
+from llavakit.processing.tokenizer.settings import Settings, TokenizerOptions, assign_roles, read_settings, settings_files, split_options
 from llavakit.processing.tokenizer.text_bytes import bytes_of_byte_level
 from llavakit.processing.tokenizer.texts import UNLIMITED, TextTokenizer, check_text
 from llavakit.storage.documents import parse_json, read_text
-from llavakit.storage.hub import HubArguments, resolve_model
+from llavakit.storage.hub import resolve_model
 
 __all__ = ["JSON_NAME", "LlamaTokenizerFast"]
 
@@ -62,10 +63,12 @@ class LlamaTokenizerFast(TextTokenizer):
         truncation_side: Side = "right",
         model_max_length: int = UNLIMITED,
         split_special_tokens: bool = False,
+        legacy: bool | None = None,  # noqa: ARG002 - a file's rule is what it says
     ) -> None:
         """Load tokenizer.json, or convert tokenizer.model; each a path or the file's bytes.
 
-        The usual <unk>, <s> and </s> hold their roles where the vocabulary has them; other names are added where it has not.
+        The usual <unk>, <s> and </s> hold their roles where the vocabulary has them, in a converted tokenizer.model else its own
+        tokens; other names are added where they are missing. legacy is taken and changes nothing, as in 4.37.
         add_bos_token and add_eos_token None leave tokenizer.json's own post-processor (from tokenizer.model: bos only).
         Raises: CheckpointError when a file cannot be used, InputError when there is none or a flag lacks its token.
         """
@@ -77,10 +80,11 @@ class LlamaTokenizerFast(TextTokenizer):
             split_special_tokens=split_special_tokens,
         )
         self._proto = None if vocab_file is None else _read_bytes(vocab_file)
+        own: dict[str, str] = {}
         if tokenizer_file is not None:
             text = _read_json(tokenizer_file)
         elif self._proto is not None:
-            text = _converted(self._proto)
+            text, own = _converted(self._proto)
             add_bos_token = add_bos_token is None or add_bos_token
         else:
             raise InputError("LlamaTokenizerFast needs vocab_file (tokenizer.model) or tokenizer_file (tokenizer.json)")
@@ -89,8 +93,10 @@ class LlamaTokenizerFast(TextTokenizer):
         self._load(text)
         self._put_added(added_tokens or {})
         named = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token}
-        self.add_special_tokens({role: token for role, token in named.items() if token is not None and self._is_wanted(role, token)})
+        given = {role: token for role, token in named.items() if token is not None and self._is_wanted(role, token)}
+        self.add_special_tokens({**own, **given})
         self.add_special_tokens({"additional_special_tokens": additional_special_tokens})
+        self._read_flags()
         if add_bos_token is not None or add_eos_token is not None:
             add_bos = self.add_bos_token if add_bos_token is None else add_bos_token
             self._set_flags(add_bos=add_bos, add_eos=self.add_eos_token if add_eos_token is None else add_eos_token)
@@ -164,7 +170,7 @@ class LlamaTokenizerFast(TextTokenizer):
     @property
     def add_bos_token(self) -> bool:
         """Whether bos comes first; setting it rebuilds the post-processor. Raises: InputError."""
-        return self.bos_token_id is not None and self.bos_token_id in self._framing.head
+        return self._add_bos
 
     @add_bos_token.setter
     def add_bos_token(self, value: bool) -> None:
@@ -174,7 +180,7 @@ class LlamaTokenizerFast(TextTokenizer):
     @property
     def add_eos_token(self) -> bool:
         """Whether eos comes last; setting it rebuilds the post-processor. Raises: InputError."""
-        return self.eos_token_id is not None and self.eos_token_id in self._framing.tail
+        return self._add_eos
 
     @add_eos_token.setter
     def add_eos_token(self, value: bool) -> None:
@@ -183,13 +189,19 @@ class LlamaTokenizerFast(TextTokenizer):
 
     def update_post_processor(self) -> None:
         """Rebuild the post-processor from the present bos, eos and flags; call it after assigning bos_token or eos_token."""
-        self._set_flags(add_bos=bool(self._framing.head), add_eos=bool(self._framing.tail))
+        self._set_flags(add_bos=self._add_bos, add_eos=self._add_eos)
+
+    def _read_flags(self) -> None:
+        """Take the flags from the file's post-processor."""
+        self._add_bos = self.bos_token_id is not None and self.bos_token_id in self._framing.head
+        self._add_eos = self.eos_token_id is not None and self.eos_token_id in self._framing.tail
 
     def _set_flags(self, *, add_bos: bool, add_eos: bool) -> None:
         bos, eos = self.bos_token_id, self.eos_token_id
         if (add_bos and bos is None) or (add_eos and eos is None):
             have = f"bos_token={self.bos_token!r} and eos_token={self.eos_token!r}"
             raise InputError(f"add_bos_token={add_bos} and add_eos_token={add_eos} need such tokens; the tokenizer has {have}")
+        self._add_bos, self._add_eos = add_bos, add_eos
         self._framing = frame_of_flags(bos if add_bos else None, eos if add_eos else None)
         names = {index: self.convert_ids_to_tokens(index) for index in (bos, eos) if index is not None}
         self.backend_tokenizer.post_processor = template_processor(self._framing, names)
@@ -216,19 +228,21 @@ class LlamaTokenizerFast(TextTokenizer):
 
     def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool, spaces_between_special_tokens: bool) -> str:
         del spaces_between_special_tokens  # the decoder of the file decides
-        self.convert_ids_to_tokens(ids)
-        return str(self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        return self.convert_tokens_to_string(self.convert_ids_to_tokens(index for index in ids if index not in skipped))
 
     # Files
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, **hub: Unpack[HubArguments]) -> Self:
+    def from_pretrained(cls, model: str | Path, **options: Unpack[TokenizerOptions]) -> Self:
         """Load tokenizer.json, or else tokenizer.model, with the roles, tokens and flags of a folder's or hub id's JSON files.
 
-        Raises: CheckpointError.
+        Options are the constructor's keywords, which come before what the files say, and those that say where on the hub to look.
+        Raises: CheckpointError, and InputError for an unknown option.
         """
+        hub, overrides = split_options(cls.__name__, options)
         folder = resolve_model(model, parts="processor", **hub)
-        settings = read_settings(folder)
+        settings = read_settings(folder, overrides)
         has_json, has_model = (folder / JSON_NAME).is_file(), (folder / MODEL_NAME).is_file()
         if not has_json and not has_model:
             raise CheckpointError(f"{folder} has neither {JSON_NAME} nor {MODEL_NAME}; copy the tokenizer's files there")
@@ -250,8 +264,10 @@ class LlamaTokenizerFast(TextTokenizer):
         )
         tokenizer.config = dict(settings.config)
         assign_roles(tokenizer, settings)
+        if has_json:
+            tokenizer._read_flags()
         if not has_json or bos is not None or eos is not None:
-            add_bos = (not has_json or tokenizer.add_bos_token) if bos is None else bos
+            add_bos = tokenizer.add_bos_token if bos is None else bos
             tokenizer._set_flags(add_bos=add_bos, add_eos=tokenizer.add_eos_token if eos is None else eos)
         return tokenizer
 
@@ -264,9 +280,11 @@ class LlamaTokenizerFast(TextTokenizer):
             "add_eos_token": self.add_eos_token,
             "use_default_system_prompt": self.use_default_system_prompt,
         }
+        if own["tokenizer_class"] in _LLAMA_CLASSES:
+            own["legacy"] = True  # what transformers 5 makes of the file otherwise is another tokenizer
         return {
             **({} if self._proto is None else {MODEL_NAME: self._proto}),
-            JSON_NAME: str(self.backend_tokenizer.to_str(pretty=True)).encode(),
+            JSON_NAME: portable_json(self.backend_tokenizer).encode(),
             **settings_files(self, own),
         }
 
@@ -303,9 +321,8 @@ class _Kind:
 
 def _flag(settings: Settings, name: str) -> bool | None:
     """Return a flag where the files are of Llama's classes, which heed it; the others follow their tokenizer.json alone."""
-    if settings.config.get("tokenizer_class") not in _LLAMA_CLASSES or settings.config.get(name) is None:
-        return None
-    return settings.flag(name, default=False)
+    is_heeded = name in settings.overrides or settings.config.get("tokenizer_class") in _LLAMA_CLASSES
+    return settings.flag(name, default=False) if is_heeded and settings.value(name) is not None else None
 
 
 def _backend(document: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -328,8 +345,8 @@ def _read_json(tokenizer_file: str | Path | bytes) -> str:
         raise CheckpointError(f"{JSON_NAME} is not UTF-8: {error}") from error
 
 
-def _converted(proto: bytes) -> str:
-    """Convert a sentencepiece model to tokenizer.json."""
+def _converted(proto: bytes) -> tuple[str, dict[str, str]]:
+    """Convert a sentencepiece model to tokenizer.json, with the tokens that hold its own roles."""
     model = SentenceModel(proto, {})
     own = model.own_roles()
     added = AddedTokens()
@@ -337,4 +354,4 @@ def _converted(proto: bytes) -> str:
         index = model.find(token)
         assert index is not None, "a model's own roles are its pieces"
         added.put(special_token(token), index)
-    return tokenizer_json(model, added, frame_of_flags(model.find(own["bos_token"]), None))
+    return tokenizer_json(model, added, frame_of_flags(model.find(own["bos_token"]), None)), own

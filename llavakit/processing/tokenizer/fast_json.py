@@ -6,6 +6,7 @@ Llama's all-space pieces have early ids and the lowest scores.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 
 import sentencepiece
@@ -16,7 +17,7 @@ from llavakit.processing.tokenizer.added_tokens import AddedTokens
 from llavakit.processing.tokenizer.frame import Frame, Slot
 from llavakit.processing.tokenizer.sentence_model import SentenceModel
 
-__all__ = ["template_processor", "tokenizer_json"]
+__all__ = ["portable_json", "template_processor", "tokenizer_json"]
 
 
 def tokenizer_json(model: SentenceModel, added: AddedTokens, frame: Frame) -> str:
@@ -40,7 +41,16 @@ def tokenizer_json(model: SentenceModel, added: AddedTokens, frame: Frame) -> st
             raise CheckpointError(
                 f"added token {token.content!r} has id {index}; added tokens must follow the {model.size} pieces without a gap"
             )
-    return str(tokenizer.to_str(pretty=True))
+    return portable_json(tokenizer)
+
+
+def portable_json(tokenizer: Tokenizer) -> str:
+    """Write a tokenizer with its merges as "left right", the one form that tokenizers libraries before 0.20 read too."""
+    document = json.loads(tokenizer.to_str())
+    merges = document["model"].get("merges", ())
+    if not any(" " in part for merge in merges for part in merge):
+        document["model"]["merges"] = [" ".join(merge) for merge in merges]
+    return json.dumps(document, ensure_ascii=False, indent=2)
 
 
 def template_processor(frame: Frame, names: Mapping[int, str]) -> processors.TemplateProcessing:

@@ -96,7 +96,7 @@ def save_model(proto: bytes, folder: Path, prefix: str | None) -> tuple[str]:
     """Write [prefix-]tokenizer.model into an existing folder and return its path. Raises: InputError."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; make it first")
-    path = folder / (MODEL_NAME if prefix is None else f"{prefix}-{MODEL_NAME}")
+    path = folder / (f"{prefix}-{MODEL_NAME}" if prefix else MODEL_NAME)
     path.write_bytes(proto)
     return (str(path),)
 

@@ -17,15 +17,15 @@ from typing import Any, Self, Unpack
 from tokenizers import AddedToken
 
 from llavakit.errors import CheckpointError
-from llavakit.processing.tokenizer.added_tokens import Numbered, in_order, special_token
+from llavakit.processing.tokenizer.added_tokens import Numbered, in_order
 from llavakit.processing.tokenizer.batch import Side
 from llavakit.processing.tokenizer.fast_json import tokenizer_json
 from llavakit.processing.tokenizer.frame import Frame, frame_of_flags
 from llavakit.processing.tokenizer.sentence_model import MODEL_NAME, SentenceModel, read_model, save_model
-from llavakit.processing.tokenizer.settings import assign_roles, read_settings, settings_files
+from llavakit.processing.tokenizer.settings import TokenizerOptions, assign_roles, read_settings, settings_files, split_options
 from llavakit.processing.tokenizer.texts import UNLIMITED, TextTokenizer, check_text
 from llavakit.processing.tokenizer.vocabulary import NeededRole, NeededRoleId
-from llavakit.storage.hub import HubArguments, resolve_model
+from llavakit.storage.hub import resolve_model
 
 __all__ = ["LlamaTokenizer"]
 
@@ -82,11 +82,12 @@ class LlamaTokenizer(TextTokenizer):
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
         self.use_default_system_prompt = use_default_system_prompt
         self.spaces_between_special_tokens = spaces_between_special_tokens
-        own = self._pieces.own_roles()
-        self._register([special_token(own[role]) for role in ("unk_token", "bos_token", "eos_token")])
-        self._put_added(added_tokens or {})
         named = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token}
-        self.add_special_tokens({**own, **{role: token for role, token in named.items() if token is not None}})
+        given = {role: token for role, token in named.items() if token is not None}
+        own = {role: token for role, token in self._pieces.own_roles().items() if role not in given}
+        self.add_special_tokens(own)
+        self._put_added(added_tokens or {})
+        self.add_special_tokens(given)
         self.add_special_tokens({"additional_special_tokens": additional_special_tokens})
 
     def _put_added(self, tokens: Numbered) -> None:
@@ -196,12 +197,13 @@ class LlamaTokenizer(TextTokenizer):
         tokens: list[str] = []
         for token in self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens):
             if token in apart:
-                parts += (self.convert_tokens_to_string(tokens), token)
+                parts += (text, token) if (text := self.convert_tokens_to_string(tokens)) else (token,)
                 tokens = []
             else:
                 tokens.append(token)
-        parts.append(self.convert_tokens_to_string(tokens))
-        return (" " if spaces_between_special_tokens else "").join(part for part in parts if part)
+        if tokens:
+            parts.append(self.convert_tokens_to_string(tokens))
+        return (" " if spaces_between_special_tokens else "").join(parts)
 
     def _tokens_apart(self) -> frozenset[str]:
         """Return the added tokens that are no part of a sentence: those that hold no role."""
@@ -212,14 +214,16 @@ class LlamaTokenizer(TextTokenizer):
     # Files
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, *, legacy: bool | None = None, **hub: Unpack[HubArguments]) -> Self:
-        """Load tokenizer.model with the added tokens and flags of a folder's or hub id's JSON files; legacy None means theirs.
+    def from_pretrained(cls, model: str | Path, **options: Unpack[TokenizerOptions]) -> Self:
+        """Load tokenizer.model with the added tokens and flags of a folder's or hub id's JSON files.
 
-        Raises: CheckpointError.
+        Options are the constructor's keywords, which come before what the files say, and those that say where on the hub to look.
+        Raises: CheckpointError, and InputError for an unknown option.
         """
+        hub, overrides = split_options(cls.__name__, options)
         folder = resolve_model(model, parts="processor", **hub)
-        settings = read_settings(folder)
-        kwargs = settings.config.get("sp_model_kwargs")
+        settings = read_settings(folder, overrides)
+        kwargs = settings.value("sp_model_kwargs")
         tokenizer = cls(
             folder / MODEL_NAME,
             sp_model_kwargs=kwargs if isinstance(kwargs, Mapping) else None,
@@ -228,7 +232,7 @@ class LlamaTokenizer(TextTokenizer):
             clean_up_tokenization_spaces=settings.flag("clean_up_tokenization_spaces", default=False),
             use_default_system_prompt=settings.flag("use_default_system_prompt", default=False),
             spaces_between_special_tokens=settings.flag("spaces_between_special_tokens", default=False),
-            legacy=settings.flag("legacy", default=True) if legacy is None else legacy,
+            legacy=settings.flag("legacy", default=True),
             added_tokens=settings.added,
             padding_side=settings.side("padding_side", default="right"),
             truncation_side=settings.side("truncation_side", default="right"),

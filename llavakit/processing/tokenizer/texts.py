@@ -45,6 +45,7 @@ class TextTokenizer(Vocabulary):
     """The texts' half of the public tokenizers."""
 
     model_input_names = ("input_ids", "attention_mask")
+    is_fast: bool
 
     def __init__(
         self,
@@ -246,7 +247,12 @@ class TextTokenizer(Vocabulary):
         if bounds is not None and bounds.truncation is not None and bounds.max_length is not None:
             length = len(first) + len(second or ()) + frame.num_special(is_pair=second is not None)
             first, second = truncate(
-                first, second, excess=length - bounds.max_length, strategy=bounds.truncation, side=self.truncation_side
+                first,
+                second,
+                excess=length - bounds.max_length,
+                strategy=bounds.truncation,
+                side=self.truncation_side,
+                favours_longer=self.is_fast,
             )
         return frame.build(first, second)
 
@@ -257,7 +263,7 @@ class TextTokenizer(Vocabulary):
         return self._frame().build(token_ids_0, token_ids_1).ids
 
     def get_special_tokens_mask(
-        self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None, *, already_has_special_tokens: bool = False
+        self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None, already_has_special_tokens: bool = False
     ) -> list[int]:
         """Mark with 1 where build_inputs_with_special_tokens puts special tokens, or where ids that have them hold one.
 
@@ -294,9 +300,9 @@ class TextTokenizer(Vocabulary):
     def decode(
         self,
         token_ids: Ids,
-        *,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
+        *,
         spaces_between_special_tokens: bool = True,
     ) -> str:
         """Turn ids into text as transformers 4.37 does, special tokens included; ids may be a tensor.
@@ -313,9 +319,9 @@ class TextTokenizer(Vocabulary):
     def batch_decode(
         self,
         sequences: Iterable[Ids],
-        *,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
+        *,
         spaces_between_special_tokens: bool = True,
     ) -> list[str]:
         """Decode each row."""
@@ -364,7 +370,7 @@ def _listed_ids(ids: Ids) -> list[int]:
     if isinstance(ids, torch.Tensor | np.ndarray):
         listed = ids.tolist()
         return listed if isinstance(listed, list) else [listed]
-    return [ids] if isinstance(ids, int) else [int(index) for index in ids]
+    return [int(ids)] if isinstance(ids, int | np.integer) else [int(index) for index in ids]
 
 
 def _listed_texts(text: str | Sequence[str], pair: str | Sequence[str] | None) -> tuple[list[str], list[str | None]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, overload
 
+import numpy as np
 from tokenizers import AddedToken
 
 from llavakit.errors import InputError
@@ -191,9 +192,11 @@ class Vocabulary:
     @overload
     def convert_ids_to_tokens(self, ids: int) -> str: ...
     @overload
-    def convert_ids_to_tokens(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> list[str]: ...
-    def convert_ids_to_tokens(self, ids: int | Iterable[int], *, skip_special_tokens: bool = False) -> str | list[str]:
+    def convert_ids_to_tokens(self, ids: Iterable[int], skip_special_tokens: bool = False) -> list[str]: ...
+    def convert_ids_to_tokens(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str | list[str]:
         """Look up tokens. Raises: InputError for an id outside the vocabulary."""
+        if isinstance(ids, np.integer):
+            ids = int(ids)
         if not isinstance(ids, int):
             skipped = self.special_ids.union(self.all_special_ids) if skip_special_tokens else frozenset()
             return [self.convert_ids_to_tokens(int(index)) for index in ids if int(index) not in skipped]
@@ -230,7 +233,7 @@ class Vocabulary:
         """Return added_tokens_encoder."""
         return self._added.ids()
 
-    def add_tokens(self, tokens: str | AddedToken | Sequence[str | AddedToken], *, special_tokens: bool = False) -> int:
+    def add_tokens(self, tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False) -> int:
         """Append tokens after the last id, or mark existing ones as cut out of text; returns how many ids are new.
 
         Special ones that hold no role are additional_special_tokens from then on.

@@ -141,7 +141,7 @@ def test_save_vocabulary_writes_the_model(tmp_path: Path) -> None:
         ("tokenizer.model", "junk", "sentencepiece"),
         ("tokenizer.model", "", "sentencepiece|bos"),
         ("tokenizer.model", None, "LlamaTokenizerFast"),
-        ("tokenizer_config.json", '{"eos_token": "<|im_end|>"}', "im_end"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {}, "eos_token": "<|im_end|>"}', "im_end"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"5": {"content": "<image>"}}}', "id 5"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "<image>"}}', "added tokens"),
         ("added_tokens.json", '{"<image>": "x"}', "added tokens"),
