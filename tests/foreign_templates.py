@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FILES", "File"]
+__all__ = ["FILES", "TEXT_FILES", "File"]
 
 _IMAGES = "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ IMAGE }}{% endfor %}"
 _TEXTS = "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ TEXT }}{% endfor %}"
@@ -92,7 +92,8 @@ FILES = {
         is_vision=False,
     ),
     "Llama-2-chat": File(
-        "{% if messages[0]['role'] == 'system' %}{% set system_message = messages[0]['content'] %}{% endif %}{% for message in messages %}"
+        "{% if messages[0]['role'] == 'system' %}{% set system_message = messages[0]['content'] %}"
+        "{% set messages = messages[1:] %}{% endif %}{% for message in messages %}"
         "{% if loop.index0 == 0 and system_message is defined %}{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + "
         "message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
         "{{ bos_token + '[INST] ' + content + ' [/INST]' }}{% else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% endfor %}",
@@ -122,3 +123,29 @@ FILES = {
         ("other-system-line",),
     ),
 }
+
+_HEADED = "{% if messages[0].role == 'system' %}{{ SYSTEM }}{% set messages = messages[1:] %}{% else %}{{ DEFAULT }}{% endif %}"
+_FORMS = {
+    "one form for all": "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
+    "system inside, stripped": "{% if messages[0].role == 'system' %}{% set s = '<<SYS>>' + messages[0].content + '<</SYS>> ' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + (s if loop.first else '') + m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "no system": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}{{ raise_exception('no system text') }}{% endif %}{% endfor %}",
+    "default system line": _HEADED.replace("SYSTEM", "messages[0].content + ' '").replace("DEFAULT", "'Talk nicely. '")
+    + "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}{% else %}"
+    "{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+    "answers end in words": "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\\n\\n' }}{% elif m.role == 'user' %}"
+    "{{ '### Q:\\n' + m.content + '\\n' }}{% else %}{{ '### A:\\n' + m.content + '\\n### END\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### A:\\n' }}{% endif %}",
+    "ChatML": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "a date, trimmed": "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + (date or 'unknown') + '\\n\\n' }}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% set messages = messages[1:] %}{% endif %}{{ '<|eot_id|>' }}"
+    "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+}
+TEXT_FILES = {**_FORMS, **{name: file.text for name, file in FILES.items() if not file.is_vision}}
+"""Files of language models alone."""

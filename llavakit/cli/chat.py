@@ -32,9 +32,14 @@ def chat(
     image
         A picture for the first question.
     """
-    pending = [] if image is None else [ImagePart(read_image(image))]
+    data = None if image is None else read_image(image)
     params = sampling.params()
-    session = _Session(options.load(), params, pending)
+    llm = options.load()
+    session = _Session(llm, params)
+    if not llm.processor.template.holds_talks:
+        sys.stderr.write(f"llava: {llm.processor.template.name!r} holds no conversations: each line starts afresh; see --template\n")
+    if data is not None:
+        session.add_picture(data)
     sys.stderr.write(f"llava: {_HELP}\n")
     for line in _lines():
         try:
@@ -47,8 +52,9 @@ def chat(
 class _Session:
     """The conversation so far, and the pictures for the next question."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, pending: list[ImagePart]) -> None:
-        self.llm, self.params, self.pending = llm, params, pending
+    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+        self.llm, self.params = llm, params
+        self.pending: list[ImagePart] = []
         self.conversation: Conversation | None = None
         self.answer = ""
 
@@ -63,19 +69,31 @@ class _Session:
             case "/reset":
                 self.conversation, self.pending = None, []
             case "/image":
-                self.pending.append(ImagePart(read_image(Path(rest.strip()))))
+                self.add_picture(read_image(Path(rest.strip())))
             case _:
                 self._ask(line)
         return False
 
+    def add_picture(self, data: bytes) -> None:
+        """Keep a picture for the next question. Raises: InputError for one that the model could not be asked about."""
+        self.llm.processor.check_image(data)
+        self.pending.append(ImagePart(data))
+
     def _ask(self, question: str) -> None:
         parts: tuple[Part, ...] = (*self.pending, TextPart(question))
-        asked = Conversation((Message("user", parts),)) if self.conversation is None else self.conversation.reply(self.answer, *parts)
+        past = self.conversation if self.llm.processor.template.holds_talks else None
+        asked = Conversation((Message("user", parts),)) if past is None else past.reply(self.answer, *parts)
         answer = ""
-        for event in self.llm.stream(asked, self.params):
-            answer += event.text
-            sys.stdout.write(printable(event.text))
-            sys.stdout.flush()
+        try:
+            for event in self.llm.stream(asked, self.params):
+                answer += event.text
+                sys.stdout.write(printable(event.text))
+                sys.stdout.flush()
+        except InputError:
+            if self.pending:
+                sys.stderr.write("llava: the question's pictures are dropped; /image adds them again\n")
+                self.pending = []
+            raise
         sys.stdout.write("\n")
         self.conversation, self.answer, self.pending = asked, answer, []
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from llavakit.cli.options import printable, read_image
 from llavakit.engine.llm import MINIATURE
-from llavakit.errors import PromptError
+from llavakit.errors import CheckpointError, PromptError
 from llavakit.processing.chat import ChatTemplate, find_template
 from llavakit.processing.deviations import Deviation, PromptCheck, preprocessing_deviations
 from llavakit.processing.image import image_size
+from llavakit.processing.own_template import template_of_text_checkpoint
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.segments import EncodedChat, Segment, encode_segments, segments_text
 from llavakit.processing.template_choice import TemplateChoice, is_vision_config, template_of_checkpoint, trained_template
@@ -56,7 +57,7 @@ def lint(
         Print one JSON object instead of lines.
     """
     folder = resolve_model(MINIATURE if model is None else model, revision=revision, parts="processor")
-    subject = _load(folder, template_of_checkpoint(folder, named=None if template is None else find_template(template)))
+    subject = _load(folder, None if template is None else find_template(template))
     facts = {
         **_template_facts(subject),
         **_prompt_facts(subject, prompt, image),
@@ -80,13 +81,24 @@ class _Subject:
     """None for a language model alone."""
 
 
-def _load(folder: Path, choice: TemplateChoice) -> _Subject:
-    is_vision = is_vision_config(read_optional_json(folder / "config.json"))
-    trained = trained_template(choice, is_vision=is_vision)
-    if not is_vision:
-        return _Subject(folder, choice, trained, load_tokenizer(folder), None)
-    processor = LlavaProcessor.from_pretrained(folder, template=choice.template)
-    return _Subject(folder, choice, trained, processor.tokenizer, processor)
+def _load(folder: Path, named: ChatTemplate | None) -> _Subject:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; lint looks at a checkpoint's folder")
+    if not is_vision_config(read_optional_json(folder / "config.json")):
+        tokenizer = load_tokenizer(folder)
+        choice = template_of_text_checkpoint(folder, tokenizer, named=named)
+        return _Subject(folder, choice, choice.template, tokenizer, None)
+    processor = LlavaProcessor.from_pretrained(folder, template=named)
+    choice = template_of_checkpoint(folder, named=named)
+    return _Subject(folder, choice, _trained(folder, choice), processor.tokenizer, processor)
+
+
+def _trained(folder: Path, choice: TemplateChoice) -> ChatTemplate:
+    """Return what the weights were trained with, which a template that the caller names does not change where the files tell."""
+    try:
+        return trained_template(template_of_checkpoint(folder))
+    except CheckpointError:
+        return trained_template(choice)
 
 
 def _template_facts(subject: _Subject) -> dict[str, Any]:
@@ -167,7 +179,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         lines.append(f"{segment['start']:5}  {segment['kind']:7}  {segment['text']!r} ({segment['length']} ids)")
         pieces = [f"{index}={repr(piece)[1:-1]}" for index, piece in zip(segment["ids"], segment["pieces"], strict=True)]
         lines += [f"{'':16}{'  '.join(pieces[first : first + 8])}" for first in range(0, len(pieces), 8)]
-    lines += ["", f"{len(facts['deviations'])} deviations of the checkpoint's files from its training"]
+    subject = "our prompt" if facts["trained with"].startswith("unknown") else "its training"
+    lines += ["", f"{len(facts['deviations'])} deviations of the checkpoint's files from {subject}"]
     for item in facts["deviations"]:
         lines += [f"  {item['name']}", *(f"    {part:9}{item[part]}" for part in ("file", "training", "ours"))]
     return [printable(line) for line in lines]

@@ -36,6 +36,8 @@ class ModelOptions:
     """cpu, cuda or cuda:N; auto takes CUDA where there is one."""
     preprocess: Literal["auto", "crop", "pad"] = "auto"
     """How pictures become square; auto does what the checkpoint's files say."""
+    template: str | None = None
+    """Chat template to use instead of the checkpoint's; `llava lint` shows what it makes of a prompt."""
     allow_pickle: bool = False
     """Read pytorch_model.bin files too."""
 
@@ -51,6 +53,7 @@ class ModelOptions:
             dtype=self.dtype,
             device=self.device,
             preprocess=self.preprocess,
+            template=self.template,
             revision=self.revision,
             allow_pickle=self.allow_pickle,
         )

@@ -14,12 +14,14 @@ import torch
 
 from llavakit.checkpoint.generation import load_generation
 from llavakit.checkpoint.load import load_config, load_core
+from llavakit.checkpoint.placement import choose_device, choose_dtype
 from llavakit.engine.loop import run_requests
 from llavakit.engine.request import Request, Terms, TokenEvent
 from llavakit.errors import ConfigError, PromptError
 from llavakit.logs import logger
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
+from llavakit.processing.chat import find_template
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.text import TextProcessor
 from llavakit.storage.hub import resolve_model
@@ -28,7 +30,6 @@ from llavakit.types import Completion, Conversation, SamplingParams
 __all__ = ["LLM", "MINIATURE"]
 
 _LOG = logger("engine")
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MINIATURE = Path(__file__).parent.parent / "assets" / "miniature"
 """The embedded model that answers when none is named."""
 
@@ -57,24 +58,26 @@ class LLM:
         device: str = "auto",
         max_batch: int = 32,
         preprocess: Literal["auto", "crop", "pad"] = "auto",
+        template: str | None = None,
         revision: str | None = None,
         allow_pickle: bool = False,
     ) -> Self:
-        """Load a folder or hub id; without one the embedded miniature.
+        """Load a folder or hub id; without one the embedded miniature. template is the name of one of ours in place of the files' own.
 
         auto picks CUDA where there is one, the files' dtype (bfloat16 for float16 files on a CPU, which is slow in float16), and the
         files' preprocessing, saying where that is not what the weights were trained with. Raises: CheckpointError, ConfigError.
         """
+        chosen_dtype, chosen_device = choose_dtype(dtype), choose_device(device)
+        named = None if template is None else find_template(template)
         folder = resolve_model(model, revision=revision, allow_pickle=allow_pickle)
         config = load_config(folder)
-        if dtype != "auto" and dtype not in _DTYPES:
-            raise ConfigError(f"dtype must be auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        is_vision = isinstance(config, LlavaConfig)
-        processor = _chosen(LlavaProcessor.from_pretrained(folder), preprocess) if is_vision else TextProcessor.from_pretrained(folder)
-        core = load_core(folder, dtype=_DTYPES.get(dtype), device=device, allow_pickle=allow_pickle)
-        if dtype == "auto" and device == "cpu" and next(core.parameters()).dtype == torch.float16:
+        processor: Processor
+        if isinstance(config, LlavaConfig):
+            processor = _chosen(LlavaProcessor.from_pretrained(folder, template=named), preprocess)
+        else:
+            processor = TextProcessor.from_pretrained(folder, template=named)
+        core = load_core(folder, dtype=chosen_dtype, device=chosen_device, allow_pickle=allow_pickle)
+        if chosen_dtype is None and chosen_device.type == "cpu" and next(core.parameters()).dtype == torch.float16:
             _LOG.warning("running float16 weights in bfloat16 on this CPU; choose dtype float32 for more exact answers")
             core = core.to(torch.bfloat16)
         return cls(core, processor, max_batch=max_batch, end_ids=(*config.get_text_config().end_ids(), *load_generation(folder).end_ids))

@@ -18,6 +18,7 @@ from llavakit.checkpoint.card import CardFacts, build_card, choose_licence
 from llavakit.checkpoint.generation import GenerationDefaults, load_generation
 from llavakit.checkpoint.hf import SideFiles, save_folder
 from llavakit.checkpoint.load import load_config, load_weights
+from llavakit.checkpoint.placement import choose_device, choose_dtype
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.surgery import init_weights
 from llavakit.processing.processor import LlavaProcessor
@@ -27,7 +28,6 @@ from llavakit.storage.hub import is_hub_id, resolve_model, upload_folder
 
 __all__ = ["ModelSource", "PretrainedFiles"]
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(i?)B")
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SHARD_SIZE = "5GB"
@@ -77,7 +77,9 @@ class PretrainedFiles(nn.Module):
         """
         if not low_cpu_mem_usage:
             raise ConfigError("low_cpu_mem_usage=False is not offered: weights are always read one by one; leave it out")
-        chosen_dtype, chosen_device = _choose_dtype(dtype, torch_dtype), _choose_device(device, device_map)
+        chosen_dtype = choose_dtype(_one_of("dtype", "torch_dtype", dtype, torch_dtype))
+        asked_device = _one_of("device", "device_map", device, device_map)
+        chosen_device = choose_device("cpu" if asked_device is None else asked_device)
         if config is not None and not isinstance(config, cls.config_class):
             raise ConfigError(f"config must be a {cls.config_class.__name__} for {cls.__name__}, got {type(config).__name__}")
         folder = resolve_model(
@@ -182,34 +184,11 @@ class PretrainedFiles(nn.Module):
             init_weights(self, self.config.get_text_config().initializer_range, torch.default_generator)
 
 
-def _choose_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype asked for, None for that of the files. Raises: ConfigError."""
-    if dtype is not None and torch_dtype is not None:
-        raise ConfigError("dtype and torch_dtype are the same thing; give one of them")
-    asked = torch_dtype if dtype is None else dtype
-    if asked is None or asked == "auto":
-        return None
-    chosen = _DTYPES.get(asked.removeprefix("torch.")) if isinstance(asked, str) else asked
-    if chosen not in _DTYPES.values():
-        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)} or auto, got {asked!r}")
-    return chosen
-
-
-def _choose_device(device: str | torch.device | None, device_map: str | torch.device | None) -> torch.device:
-    """Return the device asked for. Raises: ConfigError, also when this machine has no such device."""
-    if device is not None and device_map is not None:
-        raise ConfigError("device and device_map are the same thing here (a model lies on one device); give one of them")
-    asked = device_map if device is None else device
-    if asked is None or asked == "auto":
-        return torch.device("cuda" if asked == "auto" and torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(asked)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"a device is auto, cpu, cuda or cuda:N, got {asked!r}; a model lies on one device") from error
-    num_cuda = torch.cuda.device_count()
-    if chosen.type == "cuda" and (chosen.index or 0) >= num_cuda:
-        raise ConfigError(f"there is no device {chosen}: this machine has {num_cuda} CUDA devices; use cpu or auto")
-    return chosen
+def _one_of(first: str, second: str, given: Any, alias: Any) -> Any:
+    """Return what was given under either name. Raises: ConfigError when it was given under both."""
+    if given is not None and alias is not None:
+        raise ConfigError(f"{first} and {second} are the same thing here; give one of them")
+    return alias if given is None else given
 
 
 def _side_files(processor: LlavaProcessor | None, tokenizer: LlamaTokenizer | LlamaTokenizerFast | None) -> SideFiles | None:

@@ -19,9 +19,9 @@ from typing import Literal
 
 from llavakit.errors import ConfigError, PromptError
 from llavakit.processing.segments import ChatTokenizer, MarkerIds, Segment, find_marker
-from llavakit.types import Conversation, ImagePart, Message
+from llavakit.types import Conversation, ImagePart, Message, Role
 
-__all__ = ["TEMPLATES", "ChatTemplate", "Turns", "cut_markup", "find_template"]
+__all__ = ["TEMPLATES", "ChatTemplate", "Turns", "find_template"]
 
 _NAMED = re.compile(r"<\|\w+\|>")
 _MARKERS = re.compile(rf"(<s>|</s>|{_NAMED.pattern})")
@@ -31,8 +31,8 @@ _MARKERS = re.compile(rf"(<s>|</s>|{_NAMED.pattern})")
 class Turns:
     """The markup around messages. In it <s> and </s> are the tokenizer's bos and eos, and <|...|> is the token of that name."""
 
-    system: tuple[str, str]
-    """Before and after the system text."""
+    system: tuple[str, str] | None
+    """Before and after the system text; None where the form has no place for one."""
     user: tuple[str, str]
     """Before and after a user's message."""
     opening: str
@@ -47,13 +47,28 @@ class Turns:
     """Whether the system text stands inside the first user turn."""
     keeps_places: bool = False
     """Whether several pictures of a turn stay where they are; otherwise they come first."""
-    strips: bool = False
-    """Whether messages lose their outer white space."""
+    strips: tuple[Role, ...] = ()
+    """Whose messages lose their outer white space."""
+    tokens: tuple[str, ...] | None = None
+    """What is a token in the markup, where that is not what <s>, </s> and <|...|> say."""
 
     @property
     def markup(self) -> tuple[str, ...]:
         """All markup."""
-        return (*self.system, *self.user, self.opening, self.lead, self.end, self.between)
+        return (*(self.system or ()), *self.user, self.opening, self.lead, self.end, self.between)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the named tokens of the markup, each once."""
+        segments = [segment for markup in self.markup for segment in self.cut(markup)]
+        return tuple(dict.fromkeys(segment.text for segment in segments if segment.kind == "token"))
+
+    def cut(self, markup: str) -> tuple[Segment, ...]:
+        """Cut markup at its tokens."""
+        return _cut_markup(markup, self.tokens)
+
+    def trim(self, role: Role, text: str) -> str:
+        """Return a message's text as this form shows it."""
+        return text.strip() if role in self.strips else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +87,11 @@ class ChatTemplate:
     stops: tuple[str, ...] = ()
     """Strings that end an answer."""
 
+    @property
+    def holds_talks(self) -> bool:
+        """Whether it can express more than one exchange."""
+        return isinstance(self.form, Turns)
+
     def segments(self, conversation: Conversation, *, add_generation_prompt: bool) -> list[Segment]:
         """Cut a conversation into segments; with add_generation_prompt the last message must be the user's.
 
@@ -89,8 +109,7 @@ class ChatTemplate:
 
     def markers(self, tokenizer: ChatTokenizer, image_id: int) -> MarkerIds:
         """Look up the ids of this template's markers. Raises: CheckpointError naming a token that the tokenizer lacks."""
-        markup = "".join(self.form.markup) if isinstance(self.form, Turns) else ""
-        names = dict.fromkeys((*_NAMED.findall(markup), *self.end_tokens))
+        names = dict.fromkeys((*(self.form.names() if isinstance(self.form, Turns) else ()), *self.end_tokens))
         tokens = {name: find_marker(tokenizer, name, self.name) for name in names}
         return MarkerIds(image_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokens, self.has_bos)
 
@@ -109,11 +128,15 @@ def find_template(name: str) -> ChatTemplate:
 
 
 @functools.cache
-def cut_markup(markup: str) -> tuple[Segment, ...]:
-    """Cut a template's own markup at its markers."""
+def _cut_markup(markup: str, tokens: tuple[str, ...] | None) -> tuple[Segment, ...]:
+    marks = _MARKERS if tokens is None else re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})")
     kinds: dict[str, Literal["bos", "eos"]] = {"<s>": "bos", "</s>": "eos"}
-    parts = [part for part in _MARKERS.split(markup) if part]
-    return tuple(Segment(kinds[part]) if part in kinds else Segment("token" if part[:2] == "<|" else "text", part) for part in parts)
+    if tokens == ():
+        return (Segment("text", markup),) if markup else ()
+    cut = [(part, bool(marks.fullmatch(part))) for part in marks.split(markup) if part]
+    return tuple(
+        Segment(kinds.get(part, "token"), "" if part in kinds else part) if is_mark else Segment("text", part) for part, is_mark in cut
+    )
 
 
 class _Writer:
@@ -122,57 +145,53 @@ class _Writer:
     def __init__(self) -> None:
         self.segments: list[Segment] = []
 
-    def add(self, segment: Segment) -> None:
-        last = self.segments[-1] if self.segments else None
-        if segment.kind == "text" and last is not None and last.kind == "text" and last.is_supervised == segment.is_supervised:
-            self.segments[-1] = replace(last, text=last.text + segment.text)
-        elif segment.kind != "text" or segment.text:
-            self.segments.append(segment)
-
-    def add_markup(self, markup: str) -> None:
-        for segment in cut_markup(markup):
-            self.add(segment)
+    def add(self, *segments: Segment) -> None:
+        for segment in segments:
+            last = self.segments[-1] if self.segments else None
+            if segment.kind == "text" and last is not None and last.kind == "text" and last.is_supervised == segment.is_supervised:
+                self.segments[-1] = replace(last, text=last.text + segment.text)
+            elif segment.kind != "text" or segment.text:
+                self.segments.append(segment)
 
     def add_content(self, content: Sequence[str | None]) -> None:
         for part in content:
             self.add(Segment("image") if part is None else Segment("text", part))
 
     def add_answer(self, turns: Turns, text: str) -> None:
-        self.add_markup(turns.opening)
+        self.add(*turns.cut(turns.opening))
         if text:
             self.add(Segment("text", turns.lead + text, True))
-        end = cut_markup(turns.end)
+        end = turns.cut(turns.end)
         last = max((place for place, segment in enumerate(end) if segment.kind != "text"), default=len(end))
-        for place, segment in enumerate(end):
-            self.add(replace(segment, is_supervised=place <= last))
+        self.add(*(replace(segment, is_supervised=place <= last) for place, segment in enumerate(end)))
 
 
 def _render_turns(turns: Turns, system: str | None, conversation: Conversation, *, add_generation_prompt: bool) -> list[Segment]:
     writer, messages = _Writer(), conversation.messages
     if messages[0].role == "system":
         system, messages = messages[0].text, messages[1:]
-    if system is not None and turns.strips:
-        system = system.strip()
-    if system is not None and not turns.is_system_inside:
-        _add_system(writer, turns, system)
+    opening = [] if system is None else _system_segments(turns, system)
+    if not turns.is_system_inside:
+        writer.add(*opening)
     for place, message in enumerate(messages):
         if message.role == "assistant":
-            writer.add_answer(turns, message.text.strip() if turns.strips else message.text)
+            writer.add_answer(turns, turns.trim("assistant", message.text))
             continue
-        writer.add_markup(turns.user[0] if place == 0 else turns.between + turns.user[0])
-        if place == 0 and system is not None and turns.is_system_inside:
-            _add_system(writer, turns, system)
+        writer.add(*turns.cut(turns.user[0] if place == 0 else turns.between + turns.user[0]))
+        if place == 0 and turns.is_system_inside:
+            writer.add(*opening)
         writer.add_content(_content(turns, message))
-        writer.add_markup(turns.user[1])
+        writer.add(*turns.cut(turns.user[1]))
     if add_generation_prompt:
-        writer.add_markup(turns.opening)
+        writer.add(*turns.cut(turns.opening))
     return writer.segments
 
 
-def _add_system(writer: _Writer, turns: Turns, system: str) -> None:
-    writer.add_markup(turns.system[0])
-    writer.add(Segment("text", system))
-    writer.add_markup(turns.system[1])
+def _system_segments(turns: Turns, system: str) -> list[Segment]:
+    if turns.system is None:
+        raise PromptError("this model's chat template has no place for a system text; leave it out")
+    before, after = turns.system
+    return [*turns.cut(before), Segment("text", turns.trim("system", system)), *turns.cut(after)]
 
 
 def _content(turns: Turns, message: Message) -> list[str | None]:
@@ -186,7 +205,7 @@ def _content(turns: Turns, message: Message) -> list[str | None]:
     else:
         content += (None, "\n") * len(message.images)
         content.append(message.text)
-    return _strip(content) if turns.strips else content
+    return _strip(content) if "user" in turns.strips else content
 
 
 def _strip(content: list[str | None]) -> list[str | None]:
@@ -285,7 +304,7 @@ _LLAMA_3 = Turns(
     opening="<|start_header_id|>assistant<|end_header_id|>\n\n",
     end="<|eot_id|>",
     keeps_places=True,
-    strips=True,
+    strips=("system", "user", "assistant"),
 )
 
 

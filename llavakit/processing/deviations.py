@@ -56,7 +56,7 @@ class PromptCheck:
             for deviation in (*self._late_picture(), *self._talk()):
                 found.setdefault(deviation.name, deviation)
         except CheckpointError as error:
-            found["unreadable-template"] = Deviation("unreadable-template", str(error), repr(self._spelled(self.trained)), self._own())
+            found["unreadable-template"] = self._deviation("unreadable-template", str(error), repr(self._spelled(self.trained)))
         return list(found.values())
 
     def _late_picture(self) -> Iterator[Deviation]:
@@ -87,7 +87,7 @@ class PromptCheck:
                 continue
             before = "" if place == 0 else marks[place - 1]
             for name, shown, needed in _differences(have, want, before=before, end=self._end(), is_last=place == len(marks)):
-                yield Deviation(name, repr(shown), repr(needed), self._own())
+                yield self._deviation(name, repr(shown), repr(needed))
 
     def _system(self, head: str) -> tuple[ChatTemplate, list[Deviation]]:
         """Compare system lines; returns the template with which everything else is to be compared."""
@@ -117,8 +117,10 @@ class PromptCheck:
         """What ends an answer in training: a named token, a stop string, or eos."""
         return next(iter((*self.trained.end_tokens, *self.trained.stops)), self.eos)
 
-    def _own(self) -> str:
-        return f"as in training (template {self.ours.name})" if self.is_vision else f"template {self.ours.name}"
+    def _deviation(self, name: str, file: str, expected: str) -> Deviation:
+        if self.is_vision:
+            return Deviation(name, file, expected, f"as in training (template {self.ours.name})")
+        return Deviation(name, file, "unknown", expected)
 
 
 def preprocessing_deviations(config: Mapping[str, Any], image: Mapping[str, Any], template: ChatTemplate) -> list[Deviation]:

@@ -10,7 +10,7 @@ import itertools
 import re
 
 from llavakit.errors import CheckpointError, PromptError
-from llavakit.processing.chat import TEMPLATES, ChatTemplate, Turns, cut_markup
+from llavakit.processing.chat import TEMPLATES, ChatTemplate, Turns
 
 __all__ = ["jinja_text", "template_of_jinja"]
 
@@ -74,31 +74,33 @@ def jinja_text(template: ChatTemplate) -> str:
     turns = template.form
     if not isinstance(turns, Turns):
         raise PromptError(f"template {template.name!r} has no chat form; use v1 to talk")
-    trim = " | trim" if turns.strips else ""
-    default = "" if template.system is None else _literal(template.system.strip() if turns.strips else template.system)
+    trims = {role: " | trim" if role in turns.strips else "" for role in ("system", "user", "assistant")}
+    default = "" if template.system is None else _literal(turns.trim("system", template.system))
     otherwise = f"{{%- else -%}}{{%- set system = {default} -%}}" if default else ""
-    show_system = f"{{%- if system is defined -%}}{_show(turns.system[0])}{{{{ system }}}}{_show(turns.system[1])}{{%- endif -%}}"
-    between = f"{{%- if not is_first -%}}{_show(turns.between)}{{%- endif -%}}" if turns.between else ""
+    before, after = ("", "") if turns.system is None else turns.system
+    show_system = f"{{%- if system is defined -%}}{_show(turns, before)}{{{{ system }}}}{_show(turns, after)}{{%- endif -%}}"
+    between = f"{{%- if not is_first -%}}{_show(turns, turns.between)}{{%- endif -%}}" if turns.between else ""
     inside = f"{{%- if is_first -%}}{show_system}{{%- endif -%}}" if turns.is_system_inside else ""
     return (
         f"{_TEXT_MACRO}{_PLACES_MACRO if turns.keeps_places else _FIRST_MACRO}"
-        f"{{%- if messages[0]['role'] == 'system' -%}}{{%- set system = text_of(messages[0]){trim} -%}}{otherwise}{{%- endif -%}}"
+        "{%- if messages[0]['role'] == 'system' -%}"
+        f"{{%- set system = text_of(messages[0]){trims['system']} -%}}{otherwise}{{%- endif -%}}"
         f"{'' if turns.is_system_inside else show_system}"
         "{%- for message in messages if message['role'] != 'system' -%}{%- set is_first = loop.first -%}"
-        f"{{%- if message['role'] == 'user' -%}}{between}{_show(turns.user[0])}{inside}"
-        f"{{{{ content_of(message){trim} }}}}{_show(turns.user[1])}"
-        f"{{%- else -%}}{_show(turns.opening)}{{%- set answer = text_of(message){trim} -%}}"
-        f"{{{{ {_literal(turns.lead)} + answer if answer else '' }}}}{_show(turns.end)}{{%- endif -%}}"
+        f"{{%- if message['role'] == 'user' -%}}{between}{_show(turns, turns.user[0])}{inside}"
+        f"{{{{ content_of(message){trims['user']} }}}}{_show(turns, turns.user[1])}"
+        f"{{%- else -%}}{_show(turns, turns.opening)}{{%- set answer = text_of(message){trims['assistant']} -%}}"
+        f"{{{{ {_literal(turns.lead)} + answer if answer else '' }}}}{_show(turns, turns.end)}{{%- endif -%}}"
         "{%- endfor -%}"
-        f"{{%- if add_generation_prompt -%}}{_show(turns.opening)}{{%- endif -%}}"
+        f"{{%- if add_generation_prompt -%}}{_show(turns, turns.opening)}{{%- endif -%}}"
     )
 
 
-def _show(markup: str) -> str:
+def _show(turns: Turns, markup: str) -> str:
     """Write markup as jinja output."""
     roles = {"bos": "bos_token", "eos": "eos_token"}
     output = []
-    for role, parts in itertools.groupby(cut_markup(markup), lambda part: roles.get(part.kind)):
+    for role, parts in itertools.groupby(turns.cut(markup), lambda part: roles.get(part.kind)):
         output.append(_literal("".join(part.text for part in parts)) if role is None else role)
     return "".join(f"{{{{ {value} }}}}" for value in output)
 

@@ -127,6 +127,11 @@ class LlavaProcessor:
             encoded = self._encode(ask, self._grids(actual))
         return self._assemble(encoded, images)
 
+    def check_image(self, data: bytes) -> None:
+        """Decode a picture as prompt() would. Raises: ImageError for one that cannot be used."""
+        self._check_pixels([image_size(data, self.limits, faithful=self.is_faithful)])
+        decode_image(data, self.limits, faithful=self.is_faithful)
+
     def prompt_of_images(
         self,
         conversation: Conversation,
@@ -243,7 +248,7 @@ class LlavaProcessor:
         if image_token_id not in tokenizer.added_tokens.values():
             raise CheckpointError(f"{folder}: image token {image_token_id} is not one of the tokenizer's added tokens; add it as {mark}")
         images, choice = ImageProcessor.from_dict(image), template_of_checkpoint(folder, named=template)
-        is_padded = was_trained_padded(config, trained_template(choice, is_vision=True))
+        is_padded = was_trained_padded(config, trained_template(choice))
         strategy = _first(str, "default", *((table, "vision_feature_select_strategy") for table in (config, processor)))
         return cls(
             tokenizer=tokenizer,

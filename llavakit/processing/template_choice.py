@@ -7,7 +7,7 @@ Sources: the configs of LLaVA 1.0 to 1.6, LLaVA-NeXT and llava-hf (text model, v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,10 @@ class TemplateChoice:
     """The text of the folder's own chat template."""
 
 
-def template_of_checkpoint(folder: Path, *, named: ChatTemplate | None = None) -> TemplateChoice:
-    """Choose the template of a folder, or take the one that the caller names.
+def template_of_checkpoint(
+    folder: Path, *, named: ChatTemplate | None = None, recognise: Callable[[str], ChatTemplate] = template_of_jinja
+) -> TemplateChoice:
+    """Choose the template of a folder, or take the one that the caller names; recognise tells the one of a template file.
 
     Raises: CheckpointError for a name or a family that is not known.
     """
@@ -58,11 +60,11 @@ def template_of_checkpoint(folder: Path, *, named: ChatTemplate | None = None) -
         return TemplateChoice(named, "the caller", jinja)
     name = processor.get(TEMPLATE_KEY)
     if name is not None:
-        if name not in TEMPLATES:
+        if not isinstance(name, str) or name not in TEMPLATES:
             raise CheckpointError(f"processor_config.json names the template {name!r}; known are {', '.join(TEMPLATES)}")
         return TemplateChoice(TEMPLATES[name], "processor_config.json", jinja)
     if jinja is not None:
-        return TemplateChoice(template_of_jinja(jinja), source, jinja)
+        return TemplateChoice(recognise(jinja), source, jinja)
     config, added = read_optional_json(folder / "config.json"), read_optional_json(folder / "added_tokens.json")
     return TemplateChoice(template_of_config(config, added), "config.json", None)
 
@@ -113,13 +115,13 @@ def is_vision_config(config: Mapping[str, Any]) -> bool:
     return is_named or "vision_config" in config or any(key.startswith("mm_") for key in config)
 
 
-def trained_template(choice: TemplateChoice, *, is_vision: bool) -> ChatTemplate:
-    """Return what the weights were trained with.
+def trained_template(choice: TemplateChoice) -> ChatTemplate:
+    """Return what a LLaVA's weights were trained with.
 
     llava-hf's files leave out the system line of their families' training; llava_v1 is LLaVA's demo of weights trained with v1.
     """
     name = choice.template.name
-    return TEMPLATES[_TRAINED.get(name, name)] if is_vision else choice.template
+    return TEMPLATES[_TRAINED.get(name, name)]
 
 
 def was_trained_padded(config: Mapping[str, Any], trained: ChatTemplate) -> bool:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, Unpack
+from typing import NoReturn, Self, Unpack
 
 import torch
 
 from llavakit.errors import PromptError
 from llavakit.processing.chat import ChatTemplate
+from llavakit.processing.own_template import template_of_text_checkpoint
 from llavakit.processing.processor import Prompt
 from llavakit.processing.segments import MarkerIds, encode_segments
-from llavakit.processing.template_choice import template_of_checkpoint
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.hub import HubArguments, resolve_model
@@ -44,10 +44,15 @@ class TextProcessor:
         """Ids that end an answer: the tokenizer's eos and the template's end tokens."""
         return self.template.end_ids(self.markers)
 
+    def check_image(self, data: bytes) -> NoReturn:
+        """Refuse a picture. Raises: PromptError."""
+        del data
+        raise PromptError("this model is a language model without a vision tower; ask without a picture")
+
     def prompt(self, conversation: Conversation, *, add_generation_prompt: bool = True, max_len: int | None = None) -> Prompt:
         """Build the prompt of a conversation. Raises: PromptError for pictures, and when it exceeds max_len tokens."""
-        if conversation.images:
-            raise PromptError("this model is a language model without a vision tower; ask without a picture")
+        for image in conversation.images:
+            self.check_image(image.data)
         segments = self.template.segments(conversation, add_generation_prompt=add_generation_prompt)
         encoded = encode_segments(segments, self.tokenizer.encode_text, self.markers, ())
         if max_len is not None and len(encoded.ids) > max_len:
@@ -56,9 +61,10 @@ class TextProcessor:
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, template: ChatTemplate | None = None, **hub: Unpack[HubArguments]) -> Self:
-        """Load the tokenizer of a folder or hub id, and the template that its content tells unless one is given.
+        """Load the tokenizer of a folder or hub id, and its own chat template unless one is given.
 
         Raises: CheckpointError.
         """
         folder = resolve_model(model, parts="processor", **hub)
-        return cls(tokenizer=load_tokenizer(folder), template=template_of_checkpoint(folder, named=template).template)
+        tokenizer = load_tokenizer(folder)
+        return cls(tokenizer=tokenizer, template=template_of_text_checkpoint(folder, tokenizer, named=template).template)

@@ -17,7 +17,7 @@ from llavakit.cli.main import run
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
 from tests.fake_hub import FakeHub, fake_hub, folder_files
-from tests.tiny import save_llava
+from tests.tiny import llama, save_llava, tiny_tokenizer
 
 __all__ = ["fake_hub"]
 
@@ -103,6 +103,50 @@ def test_chat_takes_commands_and_goes_on_after_mistakes(llava: Callable[..., Don
     assert "there is no picture nowhere.png" in done.stderr
 
 
+def test_chat_refuses_pictures_before_they_are_asked_about(llava: Callable[..., Done], model: str, image: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(image).read_bytes()[:60])
+    done = llava("chat", "--model", model, "--max-tokens", "4", text=f"/image {broken}\n/image {image}\nwhat is there?\n")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+    assert "llava: " in done.stderr.splitlines()[1]
+    assert llava("chat", str(broken), "--model", model, text="what?\n").returncode == 4
+
+
+def test_chat_drops_the_pictures_of_a_question_that_cannot_be_asked(llava: Callable[..., Done], model: str, image: str) -> None:
+    many = f"/image {image}\n" * 20
+    done = llava("chat", "--model", model, "--max-tokens", "4", text=f"{many}what is there?\nand now?\n")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+    assert "at most 255 fit" in done.stderr
+    assert "pictures are dropped" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("cli") / "text"
+    llama().save_pretrained(folder, tokenizer=tiny_tokenizer())
+    return str(folder)
+
+
+def test_chat_with_a_base_model_starts_afresh_on_each_line(llava: Callable[..., Done], language_model: str, image: str) -> None:
+    arguments = ("--model", language_model, "--max-tokens", "4")
+    done = llava("chat", *arguments, text=f"a red\na red\n/image {image}\na red\n")
+    first, second, third, _ = done.stdout.split("\n")
+    assert (done.returncode, first == second == third) == (0, True)
+    assert "each line starts afresh; see --template" in done.stderr
+    assert "without a vision tower" in done.stderr
+    talk = llava("chat", *arguments, "--template", "llama_2_chat", text="a red\na red\n")
+    assert (talk.returncode, talk.stdout.count("\n"), "afresh" in talk.stderr) == (0, 2, False)
+
+
+def test_a_template_may_be_named(llava: Callable[..., Done], model: str, image: str) -> None:
+    def ask(*arguments: str) -> Done:
+        return llava("ask", image, "what?", "--model", model, "--max-tokens", "6", "--json", *arguments)
+
+    lengths = [json.loads(done.stdout)["usage"]["prompt_tokens"] for done in (ask(), ask("--template", "v1_hf"), ask("--template", "v1"))]
+    assert lengths[1] < lengths[0] == lengths[2]
+    assert ask("--template", "v9").returncode == 2
+
+
 def test_inspect_reads_headers_alone(llava: Callable[..., Done], model: str) -> None:
     values = json.loads(llava("inspect", model, "--json").stdout)
     assert values["kind"] == "llava (llava-hf layout)"
@@ -133,6 +177,9 @@ def test_doctor_says_what_will_run(llava: Callable[..., Done]) -> None:
     [
         (("ask",), 2, "--help"),
         (("nonsense",), 2, "nonsense"),
+        (("ask", "{image}", "q", "--model", "{model}", "--device", "cuda:99"), 2, "there is no device cuda:99"),
+        (("ask", "{image}", "q", "--model", "{model}", "--device", "tpu"), 2, "a device is auto, cpu, cuda"),
+        (("ask", "{image}", "q", "--model", "{model}", "--device", "meta"), 2, "the meta device holds no numbers"),
         (("ask", "{image}", "q", "--model", "no/such/folder"), 3, "no/such/folder"),
         (("ask", "{image}", "q", "--model", "{image}"), 3, "is a file"),
         (("ask", "missing.png", "q", "--model", "{model}"), 4, "there is no picture missing.png"),

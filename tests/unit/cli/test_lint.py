@@ -68,8 +68,34 @@ def test_a_template_may_be_named_where_none_is_recognised(folder: Path, lint: Ca
     make_foreign(folder, "{% for message in messages %}{{ message['content'] }}{% endfor %}Answer:")
     assert run(["lint", str(folder)]) == 3
     values = lint(str(folder), "--template", "vicuna_v1")
-    assert (values["template"], values["decided by"]) == ("v1", "the caller")
+    assert (values["template"], values["decided by"], values["trained with"]) == ("v1", "the caller", "v1")
     assert [deviation["name"] for deviation in values["deviations"]] == ["unreadable-template", "centre-crop"]
+
+
+def test_naming_a_template_does_not_change_the_training(folder: Path, lint: Callable[..., dict[str, Any]]) -> None:
+    make_foreign(folder, FILES["llava-hf 1.5"].text)
+    values = lint(str(folder), "--template", "v0")
+    assert (values["template"], values["trained with"]) == ("v0", "v1")
+    assert [item["name"] for item in values["deviations"]] == [*FILES["llava-hf 1.5"].deviations, "centre-crop"]
+
+
+def test_a_language_models_file_is_what_it_is_asked_with(
+    tmp_path: Path, lint: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(llama_config().to_json())
+    (tmp_path / "chat_template.jinja").write_text(FILES["Mistral instruct"].text)
+    values = lint(str(tmp_path))
+    assert (values["template"], values["decided by"], values["deviations"]) == ("own", "chat_template.jinja", [])
+    named = lint(str(tmp_path), "--template", "mistral_instruct")["deviations"]
+    assert [(item["name"], item["training"]) for item in named] == [(name, "unknown") for name in FILES["Mistral instruct"].deviations]
+    assert run(["lint", str(tmp_path), "--template", "mistral_instruct"]) == 0
+    assert "2 deviations of the checkpoint's files from our prompt" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_config_is_no_checkpoint(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert run(["lint", str(tmp_path)]) == 3
 
 
 def test_a_language_model_is_shown_without_pictures(tmp_path: Path, lint: Callable[..., dict[str, Any]]) -> None:

@@ -72,7 +72,7 @@ def test_what_cannot_answer_about_pictures_is_refused(tmp_path: Path, folder: Pa
     llama().save_pretrained(tmp_path / "text", tokenizer=tiny_tokenizer())
     with pytest.raises(PromptError, match="without a vision tower; ask without a picture"):
         LLM.load(tmp_path / "text", device="cpu").chat(Conversation.ask("what?", PICTURE))
-    with pytest.raises(ConfigError, match="dtype must be auto or one of float32"):
+    with pytest.raises(ConfigError, match="dtype must be one of float32"):
         LLM.load(folder, dtype="int4")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_batch must be at least 1, got 0"):
         LLM.load(folder, max_batch=0)

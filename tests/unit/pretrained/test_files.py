@@ -112,6 +112,7 @@ def test_a_given_config_replaces_the_folders(folder: Path, tmp_path: Path) -> No
         ({"device": "cpu", "device_map": "auto"}, "device and device_map are the same thing"),
         ({"device": "gpu"}, "a device is auto, cpu, cuda"),
         ({"device_map": {"": 0}}, "a model lies on one device"),
+        ({"device": "meta"}, "the meta device holds no numbers"),
         ({"device": "cuda:99"}, "there is no device cuda:99"),
         ({"config": llama_config()}, "config must be a LlavaConfig for LlavaLlamaForCausalLM, got LlamaConfig"),
         ({"low_cpu_mem_usage": False}, "low_cpu_mem_usage=False is not offered"),

@@ -17,7 +17,7 @@ CROPS, PADS = {"do_center_crop": True}, {"do_pad": True}
 
 def check(jinja: str, *, is_vision: bool = True) -> PromptCheck:
     ours = template_of_jinja(jinja)
-    trained = trained_template(TemplateChoice(ours, "", jinja), is_vision=is_vision)
+    trained = trained_template(TemplateChoice(ours, "", jinja)) if is_vision else ours
     return PromptCheck(jinja=jinja, trained=trained, ours=ours, bos="<s>", eos="</s>", is_vision=is_vision)
 
 

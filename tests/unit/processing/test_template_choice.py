@@ -92,5 +92,4 @@ def test_names_of_folders_mean_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "trained"), [("v1_hf", "v1"), ("chatml", "qwen"), ("llama_3", "llava_llama_3"), ("mpt", "mpt")])
 def test_what_llavas_were_trained_with_has_a_system_line(name: str, trained: str) -> None:
     choice = TemplateChoice(TEMPLATES[name], "config.json", None)
-    assert trained_template(choice, is_vision=True).name == trained
-    assert trained_template(choice, is_vision=False).name == name
+    assert trained_template(choice).name == trained

@@ -1,0 +1,39 @@
+"""In which dtype and on which device a model is to lie, from the names that users give."""
+
+from __future__ import annotations
+
+import torch
+
+from llavakit.errors import ConfigError
+
+__all__ = ["choose_device", "choose_dtype"]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def choose_dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype asked for; None, for None and "auto", is that of the files. Raises: ConfigError."""
+    if asked is None or asked == "auto":
+        return None
+    chosen = _DTYPES.get(asked.removeprefix("torch.")) if isinstance(asked, str) else asked
+    if chosen not in _DTYPES.values():
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)} or auto, got {asked!r}")
+    return chosen
+
+
+def choose_device(asked: torch.device | str) -> torch.device:
+    """Return the device asked for, once something could be put there; "auto" is CUDA where there is one. Raises: ConfigError."""
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(asked)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"a device is auto, cpu, cuda or cuda:N, got {asked!r}; a model lies on one device") from error
+    if chosen.type == "meta":
+        raise ConfigError("the meta device holds no numbers; build a model there from its config, or load it on cpu, cuda or cuda:N")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, ImportError) as error:  # each backend has its own way to be absent
+        num_cuda = torch.cuda.device_count()
+        raise ConfigError(f"there is no device {chosen}: this machine has {num_cuda} CUDA devices; use cpu or auto") from error
+    return chosen
