@@ -35,7 +35,7 @@ def detect_kind(values: Mapping[str, Any]) -> Kind:
     match values.get("model_type"):
         case "llava" | "llava_next" if "text_config" in values:
             return Kind.LLAVA_HF
-        case kind if kind in DECODERS:
+        case str(kind) if kind in DECODERS:
             return Kind.DECODER
         case "llava" | "llava_llama" if any(key.startswith("mm_") for key in values):
             raise CheckpointError("this is the original LLaVA layout (mm_* keys, no text_config); use its llava-hf version")

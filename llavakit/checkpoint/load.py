@@ -1,6 +1,6 @@
 """From a checkpoint folder to a model, tensor by tensor.
 
-Owns: load_config, load_core, load_weights (streaming into a model on the meta device).
+Owns: load_config, load_core, load_weights (streaming into a model on the meta device), load_processor.
 Invariants: problems of names and shapes are found before any weight is read; at any moment memory holds the model so far and
 one tensor; NaN and infinite weights are refused, also those that the target dtype makes.
 """
@@ -18,15 +18,19 @@ from llavakit.checkpoint.detect import Kind, detect_kind, foreign_kind
 from llavakit.checkpoint.layouts import LLAMA, LLAMA_DECODER, LLAVA_HF
 from llavakit.checkpoint.rules import Layout, plan_load
 from llavakit.errors import CheckpointError, ConfigError
+from llavakit.geometry import num_image_tokens
 from llavakit.model.config import DECODERS, LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
+from llavakit.processing.chat import ChatTemplate
+from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.text import TextProcessor
 from llavakit.storage.documents import read_json
 from llavakit.storage.pickle_tensors import PICKLE
 from llavakit.storage.tensors import SAFETENSORS, TensorFolder
 
-__all__ = ["load_config", "load_core", "load_weights"]
+__all__ = ["load_config", "load_core", "load_processor", "load_weights"]
 
 
 def load_config(folder: Path) -> LlamaConfig | LlavaConfig:
@@ -53,6 +57,24 @@ def load_core(
         core = LlavaCore(config) if isinstance(config, LlavaConfig) else LlamaCore(config)
     load_weights(core, folder, dtype=dtype, device=device, allow_pickle=allow_pickle)
     return core.eval()
+
+
+def load_processor(folder: Path, config: LlamaConfig | LlavaConfig, template: ChatTemplate | None = None) -> LlavaProcessor | TextProcessor:
+    """Load the processor of a folder's model. Raises: CheckpointError, also where it makes other pictures than the config's tower takes."""
+    if not isinstance(config, LlavaConfig):
+        return TextProcessor.from_pretrained(folder, template=template)
+    processor, vision = LlavaProcessor.from_pretrained(folder, template=template), config.vision_config
+    for name, made, taken in (
+        ("pictures of {} pixels", processor.image_processor.crop_px, vision.image_size),
+        ("patches of {} pixels", processor.patch_size, vision.patch_size),
+        ("{} image tokens for a tile", num_image_tokens(processor.tile_grid), num_image_tokens(config.image_grid)),
+        ("image tokens of the id {}", processor.image_token_id, config.image_token_index),
+    ):
+        if made != taken:
+            raise CheckpointError(f"{folder}: the processor's files make {name.format(made)}, config.json takes {name.format(taken)}")
+    if (processor.image_processor.aspect == "anyres") != (config.merge is not None):
+        raise CheckpointError(f"{folder}: of the processor's files and config.json ({config.model_type}) only one cuts pictures into tiles")
+    return processor
 
 
 def load_weights(

@@ -8,11 +8,10 @@ import sys
 from collections import Counter
 from typing import Any
 
-from llavakit.checkpoint.load import load_config
+from llavakit.checkpoint.load import load_config, load_processor
 from llavakit.geometry import num_image_tokens
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
-from llavakit.processing.text import TextProcessor
 from llavakit.storage.folder import read_manifest
 from llavakit.storage.hub import resolve_model
 from llavakit.storage.tensors import TensorFolder
@@ -55,10 +54,12 @@ def inspect(path: str, *, revision: str | None = None, json: bool = False) -> No
         f"{text.num_hidden_layers} layers, width {text.hidden_size}, {text.num_attention_heads} heads over {text.num_kv_heads}, "
         f"vocabulary {text.vocab_size}, context {text.max_position_embeddings}"
     )
-    if isinstance(config, LlavaConfig):
-        facts |= _vision_facts(config, LlavaProcessor.from_pretrained(folder))
-    elif any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-        facts["template"] = TextProcessor.from_pretrained(folder).template.name
+    if isinstance(config, LlavaConfig) or any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        processor = load_processor(folder, config)
+        if isinstance(config, LlavaConfig) and isinstance(processor, LlavaProcessor):
+            facts |= _vision_facts(config, processor)
+        else:
+            facts["template"] = processor.template.name
     if json:
         sys.stdout.write(json_format.dumps(facts, indent=2) + "\n")
     else:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llavakit.checkpoint.load import load_config, load_processor
 from llavakit.cli.options import printable, read_image
 from llavakit.engine.llm import MINIATURE
 from llavakit.errors import CheckpointError, PromptError
@@ -17,8 +18,8 @@ from llavakit.processing.image import image_size
 from llavakit.processing.own_template import template_of_text_checkpoint
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.segments import EncodedChat, Segment, encode_segments, segments_text
-from llavakit.processing.template_choice import TemplateChoice, is_vision_config, template_of_checkpoint, trained_template
-from llavakit.processing.tokenizer.load import load_tokenizer
+from llavakit.processing.template_choice import TemplateChoice, template_of_checkpoint, trained_template
+from llavakit.processing.text import TextProcessor
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.documents import read_optional_json
 from llavakit.storage.hub import resolve_model
@@ -82,13 +83,10 @@ class _Subject:
 
 
 def _load(folder: Path, named: ChatTemplate | None) -> _Subject:
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json; lint looks at a checkpoint's folder")
-    if not is_vision_config(read_optional_json(folder / "config.json")):
-        tokenizer = load_tokenizer(folder)
-        choice = template_of_text_checkpoint(folder, tokenizer, named=named)
-        return _Subject(folder, choice, choice.template, tokenizer, None)
-    processor = LlavaProcessor.from_pretrained(folder, template=named)
+    processor = load_processor(folder, load_config(folder), named)
+    if isinstance(processor, TextProcessor):
+        choice = template_of_text_checkpoint(folder, processor.tokenizer, named=named)
+        return _Subject(folder, choice, choice.template, processor.tokenizer, None)
     choice = template_of_checkpoint(folder, named=named)
     return _Subject(folder, choice, _trained(folder, choice), processor.tokenizer, processor)
 

@@ -13,14 +13,13 @@ from typing import Literal, Self, overload
 import torch
 
 from llavakit.checkpoint.generation import load_generation
-from llavakit.checkpoint.load import load_config, load_core
+from llavakit.checkpoint.load import load_config, load_core, load_processor
 from llavakit.checkpoint.placement import choose_device, choose_dtype
 from llavakit.engine.loop import run_requests
 from llavakit.engine.request import Request, Terms, TokenEvent
 from llavakit.errors import ConfigError, PromptError
 from llavakit.logs import logger
 from llavakit.model.llava import LlamaCore, LlavaCore
-from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.chat import find_template
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.text import TextProcessor
@@ -71,11 +70,7 @@ class LLM:
         named = None if template is None else find_template(template)
         folder = resolve_model(model, revision=revision, allow_pickle=allow_pickle)
         config = load_config(folder)
-        processor: Processor
-        if isinstance(config, LlavaConfig):
-            processor = _chosen(LlavaProcessor.from_pretrained(folder, template=named), preprocess)
-        else:
-            processor = TextProcessor.from_pretrained(folder, template=named)
+        processor = _chosen(load_processor(folder, config, named), preprocess)
         core = load_core(folder, dtype=chosen_dtype, device=chosen_device, allow_pickle=allow_pickle)
         if chosen_dtype is None and chosen_device.type == "cpu" and next(core.parameters()).dtype == torch.float16:
             _LOG.warning("running float16 weights in bfloat16 on this CPU; choose dtype float32 for more exact answers")
@@ -129,8 +124,12 @@ class LLM:
         return Request(self.processor.prompt(conversation, max_len=context_len - 1), params, terms)
 
 
-def _chosen(processor: LlavaProcessor, preprocess: Literal["auto", "crop", "pad"]) -> LlavaProcessor:
+def _chosen(processor: Processor, preprocess: Literal["auto", "crop", "pad"]) -> Processor:
     """Return the processor with the preprocessing asked for, or say where the files' own differs from training."""
+    if isinstance(processor, TextProcessor):
+        if preprocess != "auto":
+            raise ConfigError("this model is a language model without a vision tower; leave preprocess out")
+        return processor
     if preprocess == "auto":
         if (note := processor.preprocessing_note) is not None:
             _LOG.warning("%s; preprocess=pad does as in training", note)

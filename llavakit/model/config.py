@@ -52,7 +52,7 @@ def _rope_scaling(name: str, value: object) -> dict[str, Any] | None:
     kind = value.get("rope_type", value.get("type"))
     if kind in ("default", None):
         return None
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ConfigError(f"{name} of type {kind!r} is not supported; supported are {', '.join(_SCALINGS)}")
     numbers = {}
     for key in _SCALINGS[kind]:

@@ -65,7 +65,7 @@ def _part(name: str, value: object, classes: Mapping[str, type[Any]], default: t
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} must be a {default.__name__} or a table, got {value!r}")
     kind = value.get("model_type", default.model_type)
-    if kind not in classes:
+    if not isinstance(kind, str) or kind not in classes:
         raise ConfigError(f"{name} has model_type {kind!r}; supported are {', '.join(classes)}")
     return cast(_C, classes[kind].from_dict(value))
 

@@ -60,7 +60,7 @@ class VisionConfig(ModelConfig):
         for name in ("image_size", "patch_size"):
             sides = values.get(name)
             if isinstance(sides, list | tuple):
-                if len(set(sides)) != 1:
+                if not sides or any(side != sides[0] for side in sides):
                     raise ConfigError(f"{name} must be one side of a square, got {sides!r}")
                 values[name] = sides[0]
         return values

@@ -71,6 +71,7 @@ _LYING = (5, 6, 7, 8)  # orientations that swap width and height
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_LEAST_STD = 1e-6
 _CLIP_SIZE = 224  # CLIPImageProcessor's default where a file names none
 _RESCALE = 0.00392156862745098
 _MAX_ANYRES = 8192
@@ -338,8 +339,8 @@ class ImageProcessor:
             size_px=side,
             crop_px=crop,
             aspect=one_tile if pinpoints is None else "anyres",
-            mean=_triple(values, "image_mean", half if is_siglip else _CLIP_MEAN),
-            std=_triple(values, "image_std", half if is_siglip else _CLIP_STD),
+            mean=_triple(values, "image_mean", half if is_siglip else _CLIP_MEAN, least=0),
+            std=_triple(values, "image_std", half if is_siglip else _CLIP_STD, least=_LEAST_STD),
             pinpoints=chosen,
         )
 
@@ -410,17 +411,20 @@ def _side(values: Mapping[str, Any], name: str) -> int:
     """Read a length written as an int, {"shortest_edge": n} or {"height": n, "width": n}."""
     entry = values.get(name, _CLIP_SIZE)
     if isinstance(entry, Mapping):
-        lengths = set(entry.values())
+        first, *others = entry.values() or (None,)
         is_known = set(entry) in ({"shortest_edge"}, {"height", "width"}) if name == "crop_size" else set(entry) == {"shortest_edge"}
-        entry = lengths.pop() if is_known and len(lengths) == 1 else None
+        entry = first if is_known and all(length == first for length in others) else None
     if isinstance(entry, bool) or not isinstance(entry, int) or not 1 <= entry <= DEFAULT_LIMITS.max_side:
         raise CheckpointError(f"the image processor has {name}={values[name]!r}; a side from 1 to {DEFAULT_LIMITS.max_side} is supported")
     return entry
 
 
-def _triple(values: Mapping[str, Any], name: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
+def _triple(values: Mapping[str, Any], name: str, default: tuple[float, float, float], *, least: float) -> tuple[float, float, float]:
+    """Read three numbers from least to 1, which is white."""
     try:
         red, green, blue = (float(value) for value in values.get(name, default))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"the image processor has {name}={values[name]!r}; three numbers are needed") from error
+    if not all(least <= value <= 1 for value in (red, green, blue)):
+        raise CheckpointError(f"the image processor has {name}={values[name]!r}; numbers from {least} to 1 are needed")
     return red, green, blue

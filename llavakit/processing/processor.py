@@ -248,6 +248,11 @@ class LlavaProcessor:
         if image_token_id not in tokenizer.added_tokens.values():
             raise CheckpointError(f"{folder}: image token {image_token_id} is not one of the tokenizer's added tokens; add it as {mark}")
         images, choice = ImageProcessor.from_dict(image), template_of_checkpoint(folder, named=template)
+        vision = config.get("vision_config")
+        vision = vision if isinstance(vision, Mapping) else {}
+        patch_size = _first(int, 14, (processor, "patch_size"), (vision, "patch_size"))
+        if not 1 <= patch_size <= images.crop_px:
+            raise CheckpointError(f"{folder} states patch_size={patch_size}; from 1 to {images.crop_px} fit into a picture")
         is_padded = was_trained_padded(config, trained_template(choice))
         strategy = _first(str, "default", *((table, "vision_feature_select_strategy") for table in (config, processor)))
         return cls(
@@ -256,9 +261,9 @@ class LlavaProcessor:
             preprocessing_note=None if images.aspect != "crop" or not is_padded else _CROPPED,
             template=choice.template,
             image_token_id=image_token_id,
-            patch_size=_first(int, 14, (processor, "patch_size"), (config.get("vision_config", {}), "patch_size")),
+            patch_size=patch_size,
             keep_cls=strategy == "full",
-            has_cls=_first(str, "clip_vision_model", (config.get("vision_config", {}), "model_type")) == "clip_vision_model",
+            has_cls=_first(str, "clip_vision_model", (vision, "model_type")) == "clip_vision_model",
         )
 
     def files(self) -> dict[str, bytes]:

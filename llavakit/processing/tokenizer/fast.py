@@ -22,7 +22,7 @@ from tokenizers import AddedToken
 from llavakit.errors import CheckpointError, InputError
 from llavakit.processing.tokenizer.added_tokens import AddedTokens, Numbered, in_order, special_token
 from llavakit.processing.tokenizer.batch import Side
-from llavakit.processing.tokenizer.fast_json import portable_json, template_processor, tokenizer_json
+from llavakit.processing.tokenizer.fast_json import check_json, portable_json, template_processor, tokenizer_json
 from llavakit.processing.tokenizer.frame import Frame, frame_of_flags, frame_of_json
 from llavakit.processing.tokenizer.sentence_model import MODEL_NAME, SentenceModel, read_model, save_model
 from llavakit.processing.tokenizer.settings import Settings, TokenizerOptions, assign_roles, read_settings, settings_files, split_options
@@ -103,6 +103,7 @@ class LlamaTokenizerFast(TextTokenizer):
 
     def _load(self, text: str) -> None:
         document = parse_json(text, JSON_NAME)
+        check_json(document, JSON_NAME)
         document |= {"truncation": None, "padding": None}
         self.backend_tokenizer = _backend(document)
         self._kind = _Kind(document)
@@ -301,12 +302,12 @@ class _Kind:
     def __init__(self, document: Mapping[str, Any]) -> None:
         decoder, model = document.get("decoder"), document.get("model")
         parts = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
-        kinds = {part.get("type") for part in parts if isinstance(part, dict)}
+        kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)}
         self.is_byte_level = "ByteLevel" in kinds
         self._has_bytes = isinstance(model, dict) and model.get("byte_fallback") is True
         self._has_dummy_space = "Metaspace" in kinds or {"type": "Strip", "content": " ", "start": 1, "stop": 0} in parts
         if not self.is_byte_level and not kinds & {"ByteFallback", "Metaspace"}:
-            found = ", ".join(sorted(map(str, kinds)))
+            found = ", ".join(sorted(kinds))
             raise CheckpointError(f"{JSON_NAME} has a decoder of the kind {found!r}; expected ByteLevel, or ByteFallback with ▁ for spaces")
 
     def bytes_of(self, piece: str, *, is_first: bool) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
@@ -17,7 +18,9 @@ from llavakit.processing.tokenizer.added_tokens import AddedTokens
 from llavakit.processing.tokenizer.frame import Frame, Slot
 from llavakit.processing.tokenizer.sentence_model import SentenceModel
 
-__all__ = ["portable_json", "template_processor", "tokenizer_json"]
+__all__ = ["check_json", "portable_json", "template_processor", "tokenizer_json"]
+
+_MAX_IDS = 1 << 24
 
 
 def tokenizer_json(model: SentenceModel, added: AddedTokens, frame: Frame) -> str:
@@ -42,6 +45,23 @@ def tokenizer_json(model: SentenceModel, added: AddedTokens, frame: Frame) -> st
                 f"added token {token.content!r} has id {index}; added tokens must follow the {model.size} pieces without a gap"
             )
     return portable_json(tokenizer)
+
+
+def check_json(document: Mapping[str, Any], source: str) -> None:
+    """Refuse what makes the tokenizers library panic or ask for memory without end. Raises: CheckpointError."""
+    model, added = document.get("model"), document.get("added_tokens", [])
+    if not isinstance(model, Mapping) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), Mapping):
+        raise CheckpointError(f"{source} has no BPE model with a vocabulary")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise CheckpointError(f"{source} marks pieces inside words, which no Llama or Qwen does")
+    if not isinstance(added, list) or not all(isinstance(entry, Mapping) for entry in added):
+        raise CheckpointError(f"{source} must list its added_tokens as tables")
+    ids = model["vocab"].values()
+    for index in (*ids, *(entry.get("id") for entry in added)):
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < _MAX_IDS:
+            raise CheckpointError(f"{source} has a token with the id {index!r}; expected one from 0 to {_MAX_IDS - 1}")
+    if len(set(ids)) < len(ids):
+        raise CheckpointError(f"{source} gives one id to several pieces")
 
 
 def portable_json(tokenizer: Tokenizer) -> str:

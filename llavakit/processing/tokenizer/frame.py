@@ -96,7 +96,11 @@ def frame_of_json(post_processor: Mapping[str, Any] | None) -> Frame:
                 raise CheckpointError("tokenizer.json has two templates in its post-processor; expected one")
             return frames[0] if frames else _PLAIN
         case {"type": "TemplateProcessing", "single": list(single), "pair": list(pair), "special_tokens": dict(tokens)}:
-            return Frame(tuple(_slot(piece, tokens) for piece in single), tuple(_slot(piece, tokens) for piece in pair))
+            frame = Frame(tuple(_slot(piece, tokens) for piece in single), tuple(_slot(piece, tokens) for piece in pair))
+            for slots, sequences in ((frame.single, [0]), (frame.pair, [0, 1])):
+                if sorted(slot.sequence for slot in slots if slot.sequence is not None) != sequences:
+                    raise CheckpointError("tokenizer.json has a template in its post-processor that does not hold each sequence once")
+            return frame
         case _:
             kind = post_processor.get("type") if isinstance(post_processor, Mapping) else post_processor
             raise CheckpointError(

@@ -6,6 +6,7 @@ Deviation from transformers 4.37: tokens that only added_tokens.json lists are s
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +107,8 @@ class Settings:
     def model_max_length(self) -> int:
         """The longest input that the model knows."""
         limit = self.value("model_max_length")
-        return int(limit) if isinstance(limit, int | float) and not isinstance(limit, bool) else UNLIMITED
+        is_limit = isinstance(limit, int | float) and not isinstance(limit, bool) and 1 <= limit < UNLIMITED
+        return int(limit) if is_limit else UNLIMITED
 
     def _fault(self, name: str, expected: str) -> CheckpointError | InputError:
         if name in self.overrides:
@@ -130,7 +132,9 @@ def read_settings(folder: Path, overrides: Mapping[str, Any] | None = None) -> S
             roles[role] = next((token for token in map(token_of_entry, written) if token is not None), None)
     extras = [table.get(key) for table in (overrides, *tables) for key in _EXTRA_KEYS]
     entries: Any = next((entry for entry in extras if entry), [])
-    listed = list(entries.values()) if isinstance(entries, Mapping) else list(entries)
+    listed = list(entries.values()) if isinstance(entries, Mapping) else entries
+    if not isinstance(listed, list | tuple):
+        raise CheckpointError(f"{folder}: additional_special_tokens must be a list, got {listed!r}")
     additional = tuple(token for token in map(token_of_entry, listed) if token is not None)
     flagged = {token.content: token for token in (*roles.values(), *additional) if token is not None}
     return Settings(str(folder), config, roles, additional, _read_added(folder, config, flagged), overrides)
@@ -141,7 +145,7 @@ def _read_added(folder: Path, config: Mapping[str, Any], flagged: Mapping[str, A
     decoder, table = config.get("added_tokens_decoder", {}), read_optional_json(folder / "added_tokens.json")
     try:
         entries: list[tuple[int, AddedToken | None]] = [
-            (int(index), flagged.get(token) or special_token(token)) for token, index in table.items()
+            (operator.index(index), flagged.get(token) or special_token(token)) for token, index in table.items()
         ]
         entries += [(int(index), token_of_entry(entry, is_special=not isinstance(entry, Mapping))) for index, entry in decoder.items()]
     except (AttributeError, TypeError, ValueError) as error:

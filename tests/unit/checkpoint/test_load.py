@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from llavakit.checkpoint.load import load_config, load_core, load_weights
+from llavakit.checkpoint.load import load_config, load_core, load_processor, load_weights
 from llavakit.errors import CheckpointError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import init_weights
+from llavakit.processing.processor import LlavaProcessor
 from llavakit.storage.tensors import write_tensors
-from tests.tiny import VARIANTS, VOCAB, Variant, llama_config, llava_config
+from tests.tiny import SIDE, VARIANTS, VOCAB, Variant, llama_config, llava_config, tiny_processor
 
 TIED = VARIANTS[2]
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
@@ -232,3 +234,31 @@ def test_pickle_weights_are_checked_like_others(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="holds NaN"):
         load_core(tmp_path, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        (
+            "preprocessor_config.json",
+            {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}},
+            "make pictures of 56 pixels",
+        ),
+        ("processor_config.json", {"patch_size": 14}, "make patches of 14 pixels, config.json takes patches of 7"),
+        ("processor_config.json", {"patch_size": 0}, "patch_size=0"),
+        ("processor_config.json", {"llavakit_template": ["v1"]}, r"names the template \['v1'\]"),
+        ("processor_config.json", {"vision_feature_select_strategy": "full"}, "make 17 image tokens for a tile, config.json takes 16"),
+        ("preprocessor_config.json", {"image_grid_pinpoints": [[SIDE, 2 * SIDE]]}, "only one cuts pictures into tiles"),
+        ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "numbers from"),
+        ("preprocessor_config.json", {"image_mean": [128, 128, 128]}, "numbers from 0 to 1"),
+    ],
+)
+def test_processors_that_do_not_fit_the_model_are_refused(tmp_path: Path, name: str, change: dict[str, Any], told: str) -> None:
+    tiny_processor().save_pretrained(tmp_path)
+    stated = {key: value for key, value in llava_config().to_dict().items() if key != "vision_feature_select_strategy"}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    assert isinstance(load_processor(tmp_path, load_config(tmp_path)), LlavaProcessor)
+    values = json.loads((tmp_path / name).read_text("utf-8"))
+    (tmp_path / name).write_text(json.dumps({**values, **change}))
+    with pytest.raises(CheckpointError, match=told):
+        load_processor(tmp_path, load_config(tmp_path))

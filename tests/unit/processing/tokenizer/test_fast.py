@@ -193,7 +193,8 @@ def test_an_unknown_token_without_unk_is_an_error(tmp_path: Path) -> None:
         ({"decoder": None}, "decoder"),
         ({"post_processor": {"type": "BertProcessing", "sep": ["b", 1], "cls": ["a", 0]}}, "BertProcessing"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}, "cannot be used"),
-        ({"model": None}, "cannot be used"),
+        ({"model": None}, "no BPE model"),
+        ({"normalizer": {"type": "Unheard"}}, "cannot be used"),
     ],
 )
 def test_files_of_another_kind_are_refused(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
