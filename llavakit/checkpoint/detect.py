@@ -50,7 +50,7 @@ def foreign_kind(files: Collection[str]) -> str | None:
     if "adapter_config.json" in files:
         return "a PEFT adapter, not a whole model; merge it into its base model first"
     if "params.json" in files and any(name.startswith("consolidated.") for name in files):
-        return "Meta's own layout; convert it to the Hugging Face layout first"
+        return "Meta's own layout; llava convert-llama-weights makes a folder of the Hugging Face layout from it"
     if any(name.endswith(".gguf") for name in files):
         return "a GGUF file; use the safetensors version of the model"
     if "mm_projector.bin" in files:

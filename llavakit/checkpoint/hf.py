@@ -8,6 +8,7 @@ every version's spelling; what an earlier file said of it is forgotten.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +27,11 @@ from llavakit.storage.documents import read_optional_json, write_json
 from llavakit.storage.folder import atomic_folder
 from llavakit.storage.tensors import write_tensors
 
-__all__ = ["MAX_SHARD_BYTES", "SideFiles", "save_checkpoint", "save_folder"]
+__all__ = ["MAX_SHARD_BYTES", "SideFiles", "parse_size", "save_checkpoint", "save_folder", "write_checkpoint"]
 
 MAX_SHARD_BYTES = 5_000_000_000
+_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(i?)B")
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 _Model = LlamaCore | LlavaCore | LlamaDecoder
@@ -71,22 +74,34 @@ def save_checkpoint(
         if isinstance(module, TokenEmbedding) and module.has_pad_row():
             module.settle()
     weights = dict(model.named_parameters())  # a tied head is listed once, under the embedding's name
-    specs = {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
+    dtypes = {name: weight.dtype for name, weight in weights.items()}
+    tensors = ((name, weight.detach()) for name, weight in weights.items())
+    write_checkpoint(model, folder, dtypes, tensors, processor=processor, source=source, max_shard_bytes=max_shard_bytes)
+
+
+def write_checkpoint(
+    model: _Model,
+    folder: Path,
+    dtypes: Mapping[str, torch.dtype],
+    tensors: Iterator[tuple[str, Tensor]],
+    *,
+    processor: SideFiles | None,
+    source: Path | None,
+    max_shard_bytes: int,
+) -> None:
+    """Write a model whose weights come one by one, in the order of its parameters; it may itself lie on the meta device."""
+    specs = {name: (dtypes[name], tuple(weight.shape)) for name, weight in model.named_parameters()}
     config = _config(model)
     if isinstance(config, LlavaConfig) and config.image_token_index is None:
         raise ConfigError("the llava-hf layout needs a row for pictures: add a token, resize the embedding, set config.image_token_index")
     write_json(folder / "config.json", _config_values(config, _architecture(model), [dtype for dtype, _ in specs.values()]))
     given = {} if source is None else read_optional_json(source / GENERATION_NAME)
     write_json(folder / GENERATION_NAME, {**_generation_values(config), **given})
-    write_tensors(folder, specs, _detached(weights), max_shard_bytes=max_shard_bytes)
+    write_tensors(folder, specs, tensors, max_shard_bytes=max_shard_bytes)
     if processor is not None:
         processor.save_pretrained(folder)
     if source is not None and source.is_dir():
         copy_licences(source, folder)
-
-
-def _detached(weights: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, weight.detach()) for name, weight in weights.items())
 
 
 def _config(model: _Model) -> LlamaConfig | LlavaConfig:
@@ -120,3 +135,17 @@ def _generation_values(config: LlamaConfig | LlavaConfig) -> dict[str, Any]:
     text = config.text_config if isinstance(config, LlavaConfig) else config
     values = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": config.pad_token_id}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def parse_size(name: str, size: int | str) -> int:
+    """Read a size: bytes, or a whole number with KB, MB, GB, TB (powers of 1000) or KiB ... (of 1024). Raises: ConfigError."""
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size.strip())
+        if match is None:
+            raise ConfigError(f'{name} must be bytes or text like "5GB" or "200MiB", got {size!r}')
+        num_bytes = int(match[1]) * int((1024 if match[3] else 1000) ** _POWERS[match[2]])
+    else:
+        num_bytes = size
+    if num_bytes < 1:
+        raise ConfigError(f"{name} must be at least 1 byte, got {size!r}")
+    return num_bytes

@@ -30,7 +30,7 @@ from llavakit.storage.documents import read_json
 from llavakit.storage.pickle_tensors import PICKLE
 from llavakit.storage.tensors import SAFETENSORS, TensorFolder
 
-__all__ = ["load_config", "load_core", "load_processor", "load_weights"]
+__all__ = ["check_finite", "load_config", "load_core", "load_processor", "load_weights"]
 
 
 def load_config(folder: Path) -> LlamaConfig | LlavaConfig:
@@ -130,9 +130,14 @@ def _read(tensors: TensorFolder, name: str, dtype: torch.dtype | None) -> Tensor
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} is stored as {tensor.dtype}; only floating-point weights are read")
     tensor = tensor.to(tensor.dtype if dtype is None else dtype)
+    check_finite(name, tensor)
+    return tensor
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a weight that no model can have. Raises: CheckpointError."""
     if not _is_finite(tensor):
         raise CheckpointError(f"tensor {name} holds NaN or infinite values in {tensor.dtype}; the file is damaged, or choose a wider dtype")
-    return tensor
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -22,6 +22,7 @@ _COMMANDS = (
     ("lint", "Show what a prompt becomes, and how files deviate from training."),
     ("doctor", "Show what this machine can run."),
     ("reproduce", "Train the embedded miniature from nothing."),
+    ("convert-llama-weights", "Convert Llama weights from Meta's own files."),
 )
 
 
@@ -35,7 +36,7 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,
     )
     for name, summary in _COMMANDS:
-        app.command(f"llavakit.cli.{name}:{name}", name=name, help=summary)
+        app.command("llavakit.cli.{0}:{0}".format(name.replace("-", "_")), name=name, help=summary)
     return app
 
 

@@ -5,7 +5,6 @@ Arguments have the names that users of transformers know; each is used or refuse
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 
 from llavakit.checkpoint.card import CardFacts, build_card, choose_licence
 from llavakit.checkpoint.generation import GenerationDefaults, load_generation
-from llavakit.checkpoint.hf import SideFiles, save_folder
+from llavakit.checkpoint.hf import SideFiles, parse_size, save_folder
 from llavakit.checkpoint.load import load_config, load_weights
 from llavakit.checkpoint.placement import choose_device, choose_dtype
 from llavakit.errors import CheckpointError, ConfigError
@@ -28,8 +27,6 @@ from llavakit.storage.hub import is_hub_id, resolve_model, upload_folder
 
 __all__ = ["ModelSource", "PretrainedFiles"]
 
-_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(i?)B")
-_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SHARD_SIZE = "5GB"
 
 
@@ -122,7 +119,7 @@ class PretrainedFiles(nn.Module):
             Path(folder),
             processor=_side_files(processor, tokenizer),
             source=None if self.source is None else self.source.folder,
-            max_shard_bytes=_shard_bytes(max_shard_size),
+            max_shard_bytes=parse_size("max_shard_size", max_shard_size),
         )
 
     def push_to_hub(
@@ -195,17 +192,3 @@ def _side_files(processor: LlavaProcessor | None, tokenizer: LlamaTokenizer | Ll
     if processor is not None and tokenizer is not None:
         raise ConfigError("the processor holds the tokenizer; give one of them")
     return tokenizer if processor is None else processor
-
-
-def _shard_bytes(size: int | str) -> int:
-    """Read a size: bytes, or a whole number with KB, MB, GB, TB (powers of 1000) or KiB ... (of 1024). Raises: ConfigError."""
-    if isinstance(size, str):
-        match = _SIZE.fullmatch(size.strip())
-        if match is None:
-            raise ConfigError(f'max_shard_size must be bytes or text like "5GB" or "200MiB", got {size!r}')
-        num_bytes = int(match[1]) * int((1024 if match[3] else 1000) ** _POWERS[match[2]])
-    else:
-        num_bytes = size
-    if num_bytes < 1:
-        raise ConfigError(f"max_shard_size must be at least 1 byte, got {size!r}")
-    return num_bytes

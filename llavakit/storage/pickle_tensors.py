@@ -2,14 +2,16 @@
 
 Owns: PICKLE, the WeightFormat of these files for TensorFolder, and the only torch.load of the package.
 Invariants: the unpickler builds tensors, dictionaries and numbers and refuses everything else (weights_only), so no code of the
-file runs; files of torch 1.6 and later are mapped, so memory holds what was read; every tensor that is read owns its memory, also
-where the file shares one storage among several. Files of older versions are read whole.
+file runs; files of torch 1.6 and later are mapped and their tensors read by offset, so memory holds what was read; every tensor that is
+read owns its memory, also where the file shares one storage among several. Files of older versions are read whole.
 """
 
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llavakit.errors import CheckpointError
-from llavakit.storage.tensors import TensorSpec, WeightFormat
+from llavakit.storage.tensors import TensorSpec, WeightFormat, read_into
 
 __all__ = ["PICKLE", "PickleFile"]
 
@@ -35,12 +37,20 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         """Open the file. Raises: CheckpointError when it is damaged or holds anything but named tensors."""
         self.path = path
-        self._tensors = _load(path)
+        self._tensors, is_mapped = _load(path)
+        self._areas = _mapped_areas(path) if is_mapped else []
         self.specs: Mapping[str, TensorSpec] = {name: _spec(tensor) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor in its stored dtype into memory of its own."""
-        return self._tensors[name].clone(memory_format=torch.contiguous_format)
+        """Read one tensor in its stored dtype into memory of its own: by its place in the file where that is known."""
+        tensor, spec = self._tensors[name], self.specs[name]
+        place = next((area.place(spec) for area in self._areas if area.holds(spec)), None)
+        if place is None or not tensor.is_contiguous() or not spec.num_bytes:
+            return tensor.clone(memory_format=torch.contiguous_format)
+        copy = torch.empty(spec.shape, dtype=spec.dtype)
+        with self.path.open("rb") as file:
+            read_into(copy.reshape(-1).view(torch.uint8).numpy().data, self.path, file.fileno(), place)
+        return copy
 
     def close(self) -> None:
         """Let go of the mapping; reading afterwards is an error."""
@@ -50,7 +60,8 @@ class PickleFile:
 PICKLE = WeightFormat("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", PickleFile)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Load a file's table and say whether its tensors are mapped from it."""
     if not path.is_file():
         raise CheckpointError(f"cannot read {path}: it is missing or no regular file")
     try:
@@ -67,15 +78,48 @@ def _load(path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
             kind = type(value).__name__
             raise CheckpointError(f"{path} holds {str(name)[:100]!r}, a {kind}; only plain tensors under names are read")
-    return {name: value.detach() for name, value in values.items()}
+    return {name: value.detach() for name, value in values.items()}, is_mapped
+
+
+@dataclass(frozen=True, slots=True)
+class _Area:
+    """A stretch of memory that the system fills from a file."""
+
+    start: int
+    stop: int
+    offset: int
+    """Of its start in the file."""
+
+    def holds(self, spec: TensorSpec) -> bool:
+        return self.start <= spec.start and spec.stop <= self.stop
+
+    def place(self, spec: TensorSpec) -> int:
+        return self.offset + spec.start - self.start
+
+
+def _mapped_areas(path: Path) -> list[_Area]:
+    """Return where a file is mapped, as Linux tells it; elsewhere nothing is known and tensors are copied through the mapping."""
+    try:
+        lines = Path("/proc/self/maps").read_text("utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+    areas = []
+    for line in lines:
+        addresses, _, offset, _, _, *name = line.split(maxsplit=5)
+        if name and name[0] == str(path.resolve()):
+            start, stop = (int(address, 16) for address in addresses.split("-"))
+            areas.append(_Area(start, stop, int(offset, 16)))
+    return areas
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse compressed entries: torch writes none, and a small file must not grow in memory. Raises: CheckpointError."""
+    """Refuse compressed entries, with which a small file would grow in memory, and the other byte order. Raises: CheckpointError."""
     with ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != ZIP_STORED:
                 raise CheckpointError(f"{path} is a compressed archive; torch.save writes none")
+            if entry.filename.endswith("/byteorder") and archive.open(entry).read(16) != sys.byteorder.encode():
+                raise CheckpointError(f"{path} was written in another byte order than this machine's, which is {sys.byteorder}-endian")
 
 
 def _spec(tensor: Tensor) -> TensorSpec:

@@ -28,7 +28,17 @@ from llavakit.errors import CheckpointError
 from llavakit.storage.documents import parse_json, read_json, write_json
 from llavakit.storage.hub import check_inside
 
-__all__ = ["INDEX_NAME", "SAFETENSORS", "OpenTensors", "TensorFile", "TensorFolder", "TensorSpec", "WeightFormat", "write_tensors"]
+__all__ = [
+    "INDEX_NAME",
+    "SAFETENSORS",
+    "OpenTensors",
+    "TensorFile",
+    "TensorFolder",
+    "TensorSpec",
+    "WeightFormat",
+    "read_into",
+    "write_tensors",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
@@ -75,7 +85,7 @@ class TensorFile:
         spec = self.specs[name]
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         if spec.num_bytes:
-            _read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, self.path, self._descriptor, spec.start)
+            read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, self.path, self._descriptor, spec.start)
         return tensor
 
     def close(self) -> None:
@@ -254,7 +264,8 @@ def _open_file(path: Path) -> int:
     return descriptor
 
 
-def _read_into(view: memoryview, path: Path, descriptor: int, start: int) -> None:
+def read_into(view: memoryview, path: Path, descriptor: int, start: int) -> None:
+    """Fill memory from an open file, from byte start on. Raises: CheckpointError when the disk fails or the file is too short."""
     done = 0
     while done < len(view):
         try:
@@ -269,12 +280,12 @@ def _read_into(view: memoryview, path: Path, descriptor: int, start: int) -> Non
 def _read_header(path: Path, descriptor: int) -> dict[str, TensorSpec]:
     size = os.fstat(descriptor).st_size
     prefix = bytearray(min(8, size))
-    _read_into(memoryview(prefix), path, descriptor, 0)
+    read_into(memoryview(prefix), path, descriptor, 0)
     length = int.from_bytes(prefix, "little")
     if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
         raise CheckpointError(f"{path} is not a safetensors file: its header of {length} bytes does not fit (file has {size})")
     text = bytearray(length)
-    _read_into(memoryview(text), path, descriptor, 8)
+    read_into(memoryview(text), path, descriptor, 8)
     values = _parse_json(text, path)
     values.pop("__metadata__", None)
     specs = {name: _read_spec(name, entry, 8 + length, path) for name, entry in values.items()}

@@ -17,6 +17,7 @@ from llavakit.cli.main import run
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
 from tests.fake_hub import FakeHub, fake_hub, folder_files
+from tests.meta_files import MetaLlama
 from tests.tiny import llama, save_llava, tiny_tokenizer
 
 __all__ = ["fake_hub"]
@@ -172,9 +173,29 @@ def test_doctor_says_what_will_run(llava: Callable[..., Done]) -> None:
     assert "miniature" in values["will run"]
 
 
+def test_weights_of_meta_are_converted(llava: Callable[..., Done], tmp_path: Path) -> None:
+    MetaLlama(num_files=2).save(tmp_path / "meta")
+    done = llava("convert-llama-weights", "--input-dir", str(tmp_path / "meta"), "--output-dir", str(tmp_path / "hf"))
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'hf'}\n")
+    assert llava("chat", "--model", str(tmp_path / "hf"), "--max-tokens", "3", text="a red\n").returncode == 0
+    done = llava("inspect", str(tmp_path / "meta"))
+    assert (done.returncode, "llava convert-llama-weights" in done.stderr) == (3, True)
+
+
+def test_the_tokenizer_alone_is_converted(llava: Callable[..., Done], tmp_path: Path) -> None:
+    MetaLlama().save(tmp_path / "meta")
+    arguments = ("--input_dir", str(tmp_path / "meta"), "--model_size", "tokenizer_only", "--output_dir", str(tmp_path / "hf"))
+    assert llava("convert-llama-weights", *arguments).returncode == 0
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    assert not list((tmp_path / "hf").glob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (("convert-llama-weights", "--input-dir", "{model}"), 2, "--output-dir"),
+        (("convert-llama-weights", "--input-dir", "{model}", "--output-dir", "{text}"), 3, "there is no params.json"),
+        (("convert-llama-weights", "--input-dir", "{model}", "--output-dir", "x", "--max-shard-size", "5 cm"), 2, "max_shard_size"),
         (("ask",), 2, "--help"),
         (("nonsense",), 2, "nonsense"),
         (("ask", "{image}", "q", "--model", "{model}", "--device", "cuda:99"), 2, "there is no device cuda:99"),

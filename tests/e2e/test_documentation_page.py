@@ -1,8 +1,8 @@
-"""The documentation page that this project makes true, entry by entry: its snippet, its tips and its list of methods.
+"""The documentation page that this project makes true, entry by entry: its command, its snippet, its tips and its list of methods.
 
 The page is the Llava page that was proposed for transformers in 2023 (LlavaConfig, LlamaTokenizer, LlamaTokenizerFast, LlamaModel,
-LlavaLlamaForCausalLM, with Llama-2's tips). Only import lines differ. Everything runs on a text-only folder and on a llava-hf folder of
-each family. The page's conversion command comes with the conversion of checkpoints.
+LlavaLlamaForCausalLM, with Llama-2's tips). Only import lines and the command's name differ. Everything runs on a text-only folder and
+on a llava-hf folder of each family.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from llavakit import (
     LlavaLlamaForCausalLM,
     LlavaProcessor,
 )
+from llavakit.cli.main import run
 from llavakit.pretrained.pictures import gather
 from llavakit.processing.image import ImageProcessor
+from tests.meta_files import MetaLlama
 from tests.tiny import FAMILIES, IMAGE_TOKEN, PAD_TOKEN, SIDE, VOCAB, family_config, llama, scale_weights, tiny_processor, tiny_tokenizer
 
 TEXT = "Is there a red circle at the top left?"
@@ -33,11 +35,18 @@ TEXT = "Is there a red circle at the top left?"
 
 @pytest.fixture(scope="module")
 def output_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text-only folder, as the conversion script leaves it."""
+    """A text-only folder, as the page's command makes it from weights of Meta's layout."""
+    command = """
+llava convert-llama-weights \\
+    --input_dir /path/to/downloaded/llama/weights --model_size 7B --output_dir /output/path
+"""
     folder = tmp_path_factory.mktemp("llama")
-    llama().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    weights = folder / "weights"
+    MetaLlama(dim=64, ffn=96, num_kv_heads=2).save(weights / "7B", with_tokenizer=False)
+    (weights / "tokenizer.model").write_bytes(tiny_tokenizer().files()["tokenizer.model"])
+    command = command.replace("/path/to/downloaded/llama/weights", str(weights)).replace("/output/path", str(folder / "output"))
+    assert run(command.replace("\\\n", " ").split()[1:]) == 0
+    return folder / "output"
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
