@@ -21,10 +21,13 @@ from llavakit.processing.stream import Detokenizer, StopMatcher
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.types import Completion, FinishReason, SamplingParams, Usage
 
-__all__ = ["Request", "ScoreHook", "Terms", "TokenEvent"]
+__all__ = ["Request", "ScoreHook", "StopHook", "Terms", "TokenEvent"]
 
 ScoreHook = Callable[[Tensor, Tensor], Tensor]
 """hook(ids [1, T], scores [1, V]) -> scores [1, V]: a caller's own change of the scores, as transformers' LogitsProcessor."""
+
+StopHook = Callable[[Tensor, None], Tensor | bool]
+"""hook(ids [1, T], None) -> whether to stop here: a caller's own end, as transformers' StoppingCriteria without scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,8 @@ class Terms:
     """Strings that end an answer of this model, besides the caller's; ignored with ignore_eos."""
     hooks: tuple[ScoreHook, ...] = ()
     """Run after the penalties, before temperature and filters."""
+    stop_hooks: tuple[StopHook, ...] = ()
+    """Asked after each token."""
     embeds_TD: Tensor | None = None
     """The prompt's embeddings, where they are not those of its ids."""
 
@@ -100,7 +105,7 @@ class Request:
         self.ids.append(token)
         is_end = token in self.end_ids
         text = "" if is_end or self._detokenizer is None else self._matcher.push(self._detokenizer.push(token))
-        if is_end or self._matcher.is_stopped:
+        if is_end or self._matcher.is_stopped or self._wants_to_stop():
             self.finish_reason = "stop"
         elif len(self.ids) >= self.max_tokens:
             self.finish_reason = "length"
@@ -139,8 +144,15 @@ class Request:
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._matcher = StopMatcher(self._stops)
 
+    def _wants_to_stop(self) -> bool:
+        return any(bool(torch.as_tensor(hook(torch.tensor([self._every(tuple(self.ids))]), None)).all()) for hook in self.terms.stop_hooks)
+
+    def _every(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the prompt's ids, where it has such, and then these."""
+        return ids if self.terms.embeds_TD is not None else (*self.prompt.ids, *ids)
+
     def _adjusted(self, scores_V: Tensor, ids: tuple[int, ...]) -> Tensor:
-        every = ids if self.terms.embeds_TD is not None else (*self.prompt.ids, *ids)
+        every = self._every(ids)
         scores_V = adjust(scores_V, self.params, every, len(ids), self.end_ids)
         for hook in self.terms.hooks:
             scores_V = hook(torch.tensor([every], device=scores_V.device), scores_V[None])[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llavakit.checkpoint.generation import GenerationDefaults
 from llavakit.engine.loop import run_requests
-from llavakit.engine.request import Request, ScoreHook, Terms
+from llavakit.engine.request import Request, ScoreHook, StopHook, Terms
 from llavakit.errors import InputError
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.pretrained.inputs import Batch, check_batch
@@ -87,6 +87,7 @@ class Generation(nn.Module):
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         logits_processor: Sequence[ScoreHook] = (),
+        stopping_criteria: Sequence[StopHook] = (),
         streamer: Streamer | None = None,
         return_dict_in_generate: bool = False,
         inputs: Tensor | None = None,
@@ -99,8 +100,9 @@ class Generation(nn.Module):
         Pictures (see pictures.gather) belong to the image ids in order over the batch; prompts come back expanded. Padding may lie on
         either side. With inputs_embeds [B, S, D] only new ids come back. max_length and min_length count the padded prompt. With
         num_return_sequences each row comes back so many times. Row i draws from its own generator, seeded with seed + i.
-        logits_processor holds callables (ids [1, T], scores [1, V]) -> scores. What is None comes from the checkpoint's
-        generation_config.json. inputs is another name of input_ids; the cache is always used, since ids do not depend on it.
+        logits_processor holds callables (ids [1, T], scores [1, V]) -> scores, stopping_criteria such that are asked after each token
+        of a row, (ids [1, T], None) -> whether it ends there. What is None comes from the checkpoint's generation_config.json. inputs
+        is another name of input_ids; the cache is always used, since ids do not depend on it.
         Raises: InputError, PromptError.
         """
         if inputs is not None and input_ids is not None:
@@ -110,8 +112,10 @@ class Generation(nn.Module):
         prompts = self._prompts(inputs if input_ids is None else input_ids, inputs_embeds, attention_mask, pictures)
         beams = _first(num_beams, given.num_beams, default=1)
         is_drawn = _first(do_sample, given.do_sample if beams == 1 else None, default=False)
-        if streamer is not None and beams > 1:
-            raise InputError("a streamer needs tokens as they come, a beam search knows them at its end; set num_beams to 1")
+        if (streamer is not None or stopping_criteria) and beams > 1:
+            raise InputError(
+                "a streamer and stopping criteria need tokens as they come, a beam search knows them at its end; set num_beams to 1"
+            )
         new, total = (max_new_tokens, max_length) if max_new_tokens or max_length else (given.max_new_tokens, given.max_length)
         least, least_total = (min_new_tokens, min_length) if min_new_tokens or min_length else (given.min_new_tokens, given.min_length)
         params = SamplingParams(
@@ -129,7 +133,7 @@ class Generation(nn.Module):
             early_stopping=_first(early_stopping, given.early_stopping, default=False),
         )
         ends = self._end_ids(eos_token_id)
-        completions = self._run(prompts, params, frozenset(ends), _Calls(tuple(logits_processor), seed, streamer))
+        completions = self._run(prompts, params, frozenset(ends), _Calls(tuple(logits_processor), tuple(stopping_criteria), seed, streamer))
         own = (self.config.pad_token_id, self.config.get_text_config().pad_token_id)
         fill = next((pad for pad in (pad_token_id, given.pad_token_id, *own, *ends) if pad is not None), 0)
         sequences = _joined(prompts.head_BS.repeat_interleave(num_return_sequences, 0), completions, fill)
@@ -144,7 +148,7 @@ class Generation(nn.Module):
         context_len = self.config.get_text_config().context_len
         requests: list[Request] = []
         for prompt, embeds in zip(prompts.rows, prompts.embeds, strict=True):
-            terms = Terms(context_len=context_len, end_ids=end_ids, hooks=calls.hooks, embeds_TD=embeds)
+            terms = Terms(context_len=context_len, end_ids=end_ids, hooks=calls.hooks, stop_hooks=calls.stop_hooks, embeds_TD=embeds)
             requests += [Request(prompt, calls.seeded(params, len(requests) + draw), terms) for draw in range(num_each)]
         if calls.streamer is not None and len(requests) != 1:
             raise InputError(f"a streamer takes one row, got {len(requests)}; call generate row by row")
@@ -200,6 +204,7 @@ class _Calls:
     """What a caller wants called, and the seed of its draws."""
 
     hooks: tuple[ScoreHook, ...]
+    stop_hooks: tuple[StopHook, ...]
     seed: int | None
     streamer: Streamer | None
 

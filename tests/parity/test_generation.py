@@ -14,6 +14,8 @@ from transformers import (
     MinPLogitsWarper,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -170,6 +172,26 @@ def test_own_processors_see_ids_and_change_scores() -> None:
 
     assert ours.generate(ids, max_new_tokens=3, logits_processor=[only_eleven])[0, 9:].tolist() == [11, 11, 11]
     assert seen == [ids[0].tolist(), [*ids[0].tolist(), 11], [*ids[0].tolist(), 11, 11]]
+
+
+def test_stopping_criteria_end_a_row_where_transformers_ends_it() -> None:
+    oracle, ours = pair(VARIANTS[0], scale=1.0)
+    ids = ids_of(3)
+    free = ours.generate(ids, max_new_tokens=12)
+    wanted = int(free[0, 12])
+
+    class SawIt(StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **_: Any) -> torch.Tensor:
+            return input_ids[:, 9:].eq(wanted).any(1)
+
+    # Without an end token transformers lets ended rows run on beside the others.
+    options: dict[str, Any] = {"max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 383}
+    expected = oracle.generate(ids, do_sample=False, stopping_criteria=StoppingCriteriaList([SawIt()]), **options)
+    got = ours.generate(ids, stopping_criteria=[SawIt()], **options)
+    assert got.tolist() == expected.tolist()
+    assert ours.generate(ids[:1], stopping_criteria=[lambda row, _: row.shape[1] == 11], **options).shape == (1, 11)
+    with pytest.raises(InputError, match="set num_beams to 1"):
+        ours.generate(ids, stopping_criteria=[SawIt()], num_beams=2)
 
 
 def test_a_streamer_gets_the_prompt_and_each_token() -> None:
