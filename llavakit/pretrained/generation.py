@@ -113,9 +113,7 @@ class Generation(nn.Module):
         beams = _first(num_beams, given.num_beams, default=1)
         is_drawn = _first(do_sample, given.do_sample if beams == 1 else None, default=False)
         if (streamer is not None or stopping_criteria) and beams > 1:
-            raise InputError(
-                "a streamer and stopping criteria need tokens as they come, a beam search knows them at its end; set num_beams to 1"
-            )
+            raise InputError("streamer and stopping_criteria need tokens as they come, which no search has; set num_beams to 1")
         new, total = (max_new_tokens, max_length) if max_new_tokens or max_length else (given.max_new_tokens, given.max_length)
         least, least_total = (min_new_tokens, min_length) if min_new_tokens or min_length else (given.min_new_tokens, given.min_length)
         params = SamplingParams(

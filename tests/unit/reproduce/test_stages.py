@@ -1,5 +1,7 @@
 """Stages: done once, run again when what they depend on changes."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,21 @@ def test_a_failed_stage_leaves_nothing_and_runs_again(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
     run_stages([recorder.stage("a")], tmp_path)
     assert recorder.ran == ["a", "a"]
+
+
+def test_a_stages_time_counts_the_tries_that_were_cut_off(tmp_path: Path) -> None:
+    def sleep(context: StageContext) -> None:
+        time.sleep(0.2)
+        (context.out / "text").write_text("done")
+        if not (tmp_path / "again").exists():
+            (tmp_path / "again").touch()
+            raise KeyboardInterrupt
+
+    stage = Stage("a", {}, (), sleep)
+    with pytest.raises(KeyboardInterrupt):
+        run_stages([stage], tmp_path)
+    run_stages([stage], tmp_path)
+    (line,) = (tmp_path / "stages.jsonl").read_text("utf-8").splitlines()
+    values = json.loads(line)
+    assert (values["stage"], values["tries"]) == ("a", 2)
+    assert 0.4 <= values["seconds"] < 60
