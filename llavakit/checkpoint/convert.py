@@ -1,69 +1,221 @@
 """From one layout to another, tensor by tensor.
 
-Owns: convert_meta. Invariants: names and shapes are checked before a weight is read; memory holds one tensor; the destination
-appears whole or not at all.
+Owns: convert and its three outputs: the HF layout (LLaVA or language model), original LLaVA's, a LLaVA's language model alone.
+Invariants: all names and shapes are settled before a weight is read; memory holds one tensor; the destination appears whole or not
+at all; without a change of dtype weights keep their bits. A vocabulary that grew for <image> is cut to its old size on the way back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from llavakit.checkpoint.hf import MAX_SHARD_BYTES, write_checkpoint
+from llavakit.checkpoint.hf import MAX_SHARD_BYTES, SideFiles, write_checkpoint
 from llavakit.checkpoint.layouts import LLAMA
-from llavakit.checkpoint.load import check_finite
-from llavakit.checkpoint.meta import MetaFolder
+from llavakit.checkpoint.load import build_core, load_config, load_processor, read_weight
+from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
+from llavakit.checkpoint.original import write_original
+from llavakit.checkpoint.parts import Part, open_parts
 from llavakit.checkpoint.rules import plan_load
-from llavakit.errors import CheckpointError
-from llavakit.model.llava import LlamaCore
+from llavakit.errors import CheckpointError, ConfigError
+from llavakit.logs import logger
+from llavakit.model.config import LlamaConfig
+from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava_config import LlavaConfig
+from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.tokenizer.load import load_tokenizer
+from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.folder import atomic_folder
 
-__all__ = ["convert_meta"]
+__all__ = ["Conversion", "Output", "convert"]
+
+Output = Literal["hf", "original", "text"]
+_LOG = logger("checkpoint")
+_TEXT = "language_model."
+_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
+_OLD_ROWS = "original_vocab_size"
+"""Our key in config.json: the rows before <image> needed one."""
+_MULTIPLE = 64
 
 
-def convert_meta(
-    source: Path,
-    destination: Path,
-    *,
-    tokenizer: Path,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Convert a Llama of Meta's layout to the HF layout, with the tokenizer of another folder.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """How to convert."""
 
-    dtype None keeps the files' own. progress is told the bytes that are done and those in all. Raises: CheckpointError, and
-    StorageError where the destination exists (an empty folder may).
+    to: Output = "hf"
+    """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the HF layout."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer, where it is not the source's."""
+    vision_tower: str | Path | None = None
+    """Tower of an original LLaVA in place of the one that its config names."""
+    dtype: torch.dtype | None = None
+    """Of the new weights; None keeps the files'."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    allow_pickle: bool = False
+    """Read pickle files too."""
+    is_dry: bool = False
+    """Check everything but write nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A checkpoint of any layout."""
+
+    config: LlamaConfig | LlavaConfig
+    parts: tuple[Part, ...]
+    processor: SideFiles
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where each new tensor comes from."""
+
+    core: LlamaCore | LlavaCore
+    """The new model, on the meta device."""
+    sources: Mapping[str, tuple[Part, str]]
+    """By new parameter, in the order of writing."""
+    dtypes: Mapping[str, torch.dtype]
+
+    def num_bytes(self) -> int:
+        """Bytes of the source's tensors."""
+        return sum(part.tensors.specs[name].num_bytes for part, name in self.sources.values())
+
+
+def convert(
+    source: Path, destination: Path, how: Conversion = Conversion(), progress: Callable[[int, int], None] | None = None
+) -> list[str]:
+    """Convert a checkpoint folder, and return the names of the new tensors.
+
+    progress is told the bytes that are done and those in all. Raises: CheckpointError, ConfigError; StorageError where the destination
+    exists (an empty folder may).
     """
-    words = load_tokenizer(tokenizer)
-    with MetaFolder(source) as files:
-        config = files.config
-        if len(words) > config.vocab_size:
-            raise CheckpointError(
-                f"{tokenizer} has a tokenizer of {len(words)} tokens, the model has {config.vocab_size} rows; they do not fit"
-            )
-        config.bos_token_id, config.eos_token_id = words.bos_token_id, words.eos_token_id
-        with torch.device("meta"):
-            core = LlamaCore(config)
-        targets = {name: tuple(weight.shape) for name, weight in core.named_parameters()}
-        plan = plan_load(LLAMA, {name: spec.shape for name, spec in files.specs.items()}, targets, tied={})
-        sources = {target: name for name, target in plan.items()}
-        dtypes = {target: files.specs[name].dtype if dtype is None else dtype for target, name in sources.items()}
-
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            done, total = 0, sum(spec.num_bytes for spec in files.specs.values())
-            for target in targets:
-                tensor = files.read(sources[target]).to(dtypes[target])
-                check_finite(sources[target], tensor)
-                yield target, tensor
-                done += files.specs[sources[target]].num_bytes
-                if progress is not None:
-                    progress(done, total)
-
+    with _open(source, how) as opened:
+        plan = _plan(opened, how)
+        if how.is_dry:
+            return list(plan.sources)
         is_empty = destination.is_dir() and not any(destination.iterdir())
         with atomic_folder(destination, overwrite=is_empty) as folder:
-            write_checkpoint(core, folder, dtypes, tensors(), processor=words, source=source, max_shard_bytes=max_shard_bytes)
+            tensors = _read(plan, how.dtype, progress)
+            write = write_original if how.to == "original" else write_checkpoint
+            write(
+                plan.core,
+                folder,
+                plan.dtypes,
+                tensors,
+                processor=opened.processor,
+                source=source,
+                max_shard_bytes=how.max_shard_bytes,
+            )
+    return list(plan.sources)
+
+
+@contextlib.contextmanager
+def _open(source: Path, how: Conversion) -> Iterator[_Opened]:
+    if is_meta_folder(source):
+        if not how.allow_pickle:
+            raise CheckpointError(f"{source} holds pickle files; where you trust their origin, allow_pickle reads their tensors")
+        words = load_tokenizer(source if how.tokenizer is None else how.tokenizer)
+        with MetaFolder(source) as files:
+            files.config.bos_token_id, files.config.eos_token_id = words.bos_token_id, words.eos_token_id
+            _check_rows(words, files.config)
+            yield _Opened(files.config, (Part(files, LLAMA),), words)
+        return
+    config = load_config(source, vision_tower=how.vision_tower)
+    processor = _side_files(source, config, how)
+    with open_parts(source, build_core(config), vision_tower=how.vision_tower, allow_pickle=how.allow_pickle) as parts:
+        yield _Opened(config, parts, processor)
+
+
+def _side_files(source: Path, config: LlamaConfig | LlavaConfig, how: Conversion) -> SideFiles:
+    if isinstance(config, LlavaConfig) and how.to != "text":
+        processor = load_processor(source, config)
+        assert isinstance(processor, LlavaProcessor)
+        return processor
+    words = load_tokenizer(source if how.tokenizer is None else how.tokenizer)
+    _check_rows(words, config.get_text_config())
+    return words
+
+
+def _check_rows(words: Tokenizer, config: LlamaConfig) -> None:
+    if len(words) > config.vocab_size:
+        raise CheckpointError(f"the tokenizer has {len(words)} tokens, the model has {config.vocab_size} rows; they do not belong together")
+
+
+def _plan(opened: _Opened, how: Conversion) -> _Plan:
+    """Decide on names and shapes alone. Raises: CheckpointError, ConfigError."""
+    old = build_core(opened.config)
+    tied = {name for name, _ in old.named_parameters(remove_duplicate=False)} - {name for name, _ in old.named_parameters()}
+    targets = {name: tuple(weight.shape) for name, weight in old.named_parameters(remove_duplicate=False)}
+    plan = plan_load([(part.layout, part.shapes) for part in opened.parts], targets, tied=dict.fromkeys(tied, ""))
+    found = {target: (opened.parts[number], name) for (number, name), target in plan.items()}
+    core = build_core(_new_config(opened, how.to))
+    prefix = _TEXT if how.to == "text" else ""
+    sources = {name: found[prefix + name] for name, _ in core.named_parameters()}
+    dtypes = {name: part.tensors.specs[source].dtype if how.dtype is None else how.dtype for name, (part, source) in sources.items()}
+    return _Plan(core, sources, dtypes)
+
+
+def _new_config(opened: _Opened, to: Output) -> LlamaConfig | LlavaConfig:
+    config = opened.config
+    if not isinstance(config, LlavaConfig):
+        if to != "hf":
+            raise ConfigError(f"this is a language model ({config.model_type}) without a vision tower; only --to hf can hold it")
+        return config
+    if to == "text":
+        return type(config.text_config).from_dict(config.text_config.to_dict())
+    values = config.to_dict()
+    rows = values.pop(_OLD_ROWS, config.text_config.vocab_size)
+    if to == "hf":
+        if config.mm_projector_type != "mlp2x_gelu":
+            _LOG.warning("transformers knows only projectors of two layers, not %s; llavakit reads this folder", config.mm_projector_type)
+        assert isinstance(opened.processor, LlavaProcessor)
+        rows = config.text_config.vocab_size
+        if (needed := _num_tokens(opened.processor, config)) > rows:
+            values[_OLD_ROWS] = rows
+            rows = needed + -needed % _MULTIPLE
+    return _with_rows(type(config), values, rows)
+
+
+def _num_tokens(processor: LlavaProcessor, config: LlavaConfig) -> int:
+    """Count the tokens that need a row: all, with a pad token where the checkpoint has none."""
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})  # type: ignore[attr-defined]
+        config.pad_token_id = tokenizer.pad_token_id
+    return len(tokenizer)
+
+
+def _with_rows(kind: type[LlavaConfig], values: dict[str, Any], rows: int) -> LlavaConfig:
+    values["text_config"] = {**values["text_config"], "vocab_size": rows}
+    if "vocab_size" in values:
+        values["vocab_size"] = rows
+    return kind.from_dict(values)
+
+
+def _read(plan: _Plan, dtype: torch.dtype | None, progress: Callable[[int, int], None] | None) -> Iterator[tuple[str, Tensor]]:
+    """Read the weights in the order of writing; rows are added to or cut from the vocabulary's tables."""
+    shapes = {name: tuple(weight.shape) for name, weight in plan.core.named_parameters()}
+    done, total = 0, plan.num_bytes()
+    for name, (part, source) in plan.sources.items():
+        tensor = read_weight(part.tensors, source, dtype)
+        if tuple(tensor.shape) != shapes[name]:
+            assert name.endswith(_EMBEDDINGS), "only the vocabulary changes its size"
+            tensor = _resized(tensor, shapes[name][0])
+        yield name, tensor
+        done += part.tensors.specs[source].num_bytes
+        if progress is not None:
+            progress(done, total)
+
+
+def _resized(table_VD: Tensor, rows: int) -> Tensor:
+    """Cut rows off, or add rows that are the mean of the others."""
+    if rows <= table_VD.shape[0]:
+        return table_VD[:rows].clone()
+    mean_1D = table_VD.float().mean(0, keepdim=True).to(table_VD.dtype)
+    return torch.cat((table_VD, mean_1D.expand(rows - table_VD.shape[0], -1)))

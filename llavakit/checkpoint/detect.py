@@ -23,6 +23,7 @@ class Kind(StrEnum):
     """The kinds that are read."""
 
     LLAVA_HF = "llava-hf"
+    ORIGINAL = "original LLaVA"
     DECODER = "decoder"
 
 
@@ -37,8 +38,8 @@ def detect_kind(values: Mapping[str, Any]) -> Kind:
             return Kind.LLAVA_HF
         case str(kind) if kind in DECODERS:
             return Kind.DECODER
-        case "llava" | "llava_llama" if any(key.startswith("mm_") for key in values):
-            raise CheckpointError("this is the original LLaVA layout (mm_* keys, no text_config); use its llava-hf version")
+        case "llava" | "llava_llama" | "llava_mistral" | "llava_qwen" if any(key.startswith("mm_") for key in values):
+            return Kind.ORIGINAL
         case "llava":
             raise CheckpointError("model_type is 'llava' but there is neither text_config (llava-hf) nor mm_* keys (original LLaVA)")
         case kind:

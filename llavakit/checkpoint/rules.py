@@ -7,7 +7,7 @@ Invariant: each source tensor is taken or dropped with a reason, each target com
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llavakit.errors import CheckpointError
@@ -51,23 +51,31 @@ class Layout:
         best = max(fits, key=lambda rename: len(rename.source))
         return best.target + name.removeprefix(best.source)
 
+    def source(self, target: str) -> str | None:
+        """Return the name that a tensor of ours has in such files: of the longest prefixes that fit, the first in the table."""
+        fits = [rename for rename in self.renames if target.startswith(rename.target)]
+        if not fits:
+            return None
+        best = max(fits, key=lambda rename: len(rename.target))
+        return best.source + target.removeprefix(best.target)
+
     def drop_reason(self, name: str) -> str | None:
         """Return why a tensor is left out, or None where it is not."""
         return next((drop.reason for drop in self.drops if re.fullmatch(drop.pattern, name)), None)
 
 
 def plan_load(
-    layout: Layout, sources: Mapping[str, tuple[int, ...]], targets: Mapping[str, tuple[int, ...]], *, tied: Mapping[str, str]
-) -> dict[str, str]:
-    """Return source name -> target name for everything that is to be read.
+    parts: Sequence[tuple[Layout, Mapping[str, tuple[int, ...]]]], targets: Mapping[str, tuple[int, ...]], *, tied: Mapping[str, str]
+) -> dict[tuple[int, str], str]:
+    """Return (part, source name) -> target name for everything that is to be read.
 
-    tied names targets that share the weight of another one: their source may be missing.
-    Raises: CheckpointError listing all unexpected, doubled, missing and misshapen tensors.
+    parts are the files' tensors, names and shapes, each with its layout. tied names targets that share the weight of another one: their
+    source may be missing. Raises: CheckpointError listing all unexpected, doubled, missing and misshapen tensors.
     """
-    plan: dict[str, str] = {}
+    plan: dict[tuple[int, str], str] = {}
     problems: list[str] = []
     owners: dict[str, str] = {}
-    for source, shape in sources.items():
+    for part, layout, source, shape in ((i, layout, *item) for i, (layout, sources) in enumerate(parts) for item in sources.items()):
         reason = layout.drop_reason(source)
         if reason is not None:
             _LOG.debug("left out %s: %s", source, reason)
@@ -81,10 +89,11 @@ def plan_load(
             problems.append(f"{source} has shape {list(shape)}, expected {list(targets[target])}")
             owners[target] = source
         else:
-            plan[source] = target
+            plan[part, source] = target
             owners[target] = source
     problems += [f"missing {target} {list(shape)}" for target, shape in targets.items() if target not in owners and target not in tied]
     if problems:
         more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-        raise CheckpointError(f"the tensors are not those of this {layout.name} model: {'; '.join(problems[:_MAX_LISTED])}{more}")
+        names = " and ".join(layout.name for layout, _ in parts)
+        raise CheckpointError(f"the tensors are not those of this {names} model: {'; '.join(problems[:_MAX_LISTED])}{more}")
     return plan

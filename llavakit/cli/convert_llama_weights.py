@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from llavakit.cli.convert import show_progress
 from llavakit.errors import CheckpointError
 from llavakit.logs import show_logs
 
@@ -42,7 +41,7 @@ def convert_llama_weights(
     max_shard_size
         Most bytes of a file, like 5GB or 200MiB.
     """
-    from llavakit.checkpoint.convert import convert_meta
+    from llavakit.checkpoint.convert import Conversion, convert
     from llavakit.checkpoint.hf import parse_size
     from llavakit.checkpoint.placement import choose_dtype
     from llavakit.processing.tokenizer.load import load_tokenizer
@@ -53,15 +52,14 @@ def convert_llama_weights(
         load_tokenizer(_tokenizer_folder(input_dir)).save_pretrained(output_dir)
     else:
         source = _source(input_dir, model_size)
-        with _progress() as progress:
-            convert_meta(
-                source,
-                output_dir,
-                tokenizer=_tokenizer_folder(source, input_dir, source.parent),
-                dtype=choose_dtype(dtype),
-                max_shard_bytes=max_shard_bytes,
-                progress=progress,
-            )
+        how = Conversion(
+            tokenizer=_tokenizer_folder(source, input_dir, source.parent),
+            dtype=choose_dtype(dtype),
+            max_shard_bytes=max_shard_bytes,
+            allow_pickle=True,  # Meta gives out nothing else, and only tensors are read
+        )
+        with show_progress() as progress:
+            convert(source, output_dir, how, progress)
     sys.stdout.write(f"{output_dir}\n")
 
 
@@ -79,14 +77,3 @@ def _tokenizer_folder(*places: Path) -> Path:
         if any((place / name).is_file() for name in _TOKENIZER_FILES):
             return place
     raise CheckpointError(f"there is no tokenizer.model in {' or '.join(dict.fromkeys(map(str, places)))}; put it there")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Show bytes and the time left on stderr, where a person looks at it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None, visible=sys.stderr.isatty())
-        yield lambda done, total: bar.update(task, completed=done, total=total)

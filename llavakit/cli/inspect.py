@@ -8,10 +8,12 @@ import sys
 from collections import Counter
 from typing import Any
 
+from llavakit.checkpoint.detect import Kind, detect_kind
 from llavakit.checkpoint.load import load_config, load_processor
 from llavakit.geometry import num_image_tokens
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.storage.documents import read_json
 from llavakit.storage.folder import read_manifest
 from llavakit.storage.hub import resolve_model
 from llavakit.storage.tensors import TensorFolder
@@ -41,7 +43,7 @@ def inspect(path: str, *, revision: str | None = None, json: bool = False) -> No
         parts[_part(name)] += math.prod(spec.shape)
     facts: dict[str, Any] = {
         "folder": str(folder),
-        "kind": f"{config.model_type} ({'llava-hf layout' if isinstance(config, LlavaConfig) else 'Llama'})",
+        "kind": f"{config.model_type} ({_LAYOUTS[detect_kind(read_json(folder / 'config.json'))]})",
         "tensors": len(specs),
         "parameters": sum(parts.values()),
         "parts": dict(parts),
@@ -81,6 +83,7 @@ def _vision_facts(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, A
     }
 
 
+_LAYOUTS = {Kind.LLAVA_HF: "llava-hf layout", Kind.ORIGINAL: "original LLaVA's layout", Kind.DECODER: "Llama"}
 _ASPECTS = {
     "pad": "pads to a square first",
     "crop": "crops the middle square",

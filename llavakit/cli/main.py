@@ -22,6 +22,7 @@ _COMMANDS = (
     ("lint", "Show what a prompt becomes, and how files deviate from training."),
     ("doctor", "Show what this machine can run."),
     ("reproduce", "Train the embedded miniature from nothing."),
+    ("convert", "Convert a checkpoint into another layout."),
     ("convert-llama-weights", "Convert Llama weights from Meta's own files."),
 )
 

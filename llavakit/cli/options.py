@@ -38,6 +38,8 @@ class ModelOptions:
     """How pictures become square; auto does what the checkpoint's files say."""
     template: str | None = None
     """Chat template to use instead of the checkpoint's; `llava lint` shows what it makes of a prompt."""
+    vision_tower: str | None = None
+    """Folder or hub id of the tower of an original LLaVA, in place of the one that its config names."""
     allow_pickle: bool = False
     """Read pytorch_model.bin files too."""
 
@@ -54,6 +56,7 @@ class ModelOptions:
             device=self.device,
             preprocess=self.preprocess,
             template=self.template,
+            vision_tower=self.vision_tower,
             revision=self.revision,
             allow_pickle=self.allow_pickle,
         )

@@ -223,7 +223,7 @@ class LlavaConfig(ForwardConfig):
         return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
     def to_original_dict(self) -> dict[str, Any]:
-        """Write the flat form that original LLaVA reads; the tower is named, not described.
+        """Write the flat form that original LLaVA reads, in which a tower is named. One that nobody published is described as well.
 
         Raises: ConfigError where the form cannot say it: several feature layers, a projector without biases.
         """
@@ -241,8 +241,8 @@ class LlavaConfig(ForwardConfig):
             "mm_hidden_size": self.vision_config.hidden_size,
             "mm_projector_type": self.mm_projector_type,
             "mm_vision_select_layer": self.vision_feature_layer,
-            "mm_vision_select_feature": features[self.vision_feature_select_strategy],
-            **({} if "mm_vision_tower" in kept else {"mm_vision_tower": self._tower_name()}),
+            "mm_vision_select_feature": features[self.vision_feature_select_strategy] if self.vision_config.has_cls else "patch",
+            **self._tower_keys(kept.get("mm_vision_tower")),
             "mm_use_im_patch_token": False,
             "mm_use_im_start_end": False,
             "use_mm_proj": True,
@@ -256,12 +256,13 @@ class LlavaConfig(ForwardConfig):
     def _anyres_keys(self) -> dict[str, Any]:
         return {}
 
-    def _tower_name(self) -> str:
-        shape = {name: value for name, value in self.vision_config.to_dict().items() if name in _TOWER_SHAPE}
+    def _tower_keys(self, stated: object) -> dict[str, Any]:
+        described = self.vision_config.to_dict()
+        shape = {name: value for name, value in described.items() if name in _TOWER_SHAPE}
         for name in _TOWERS:
             if {key: value for key, value in published_tower(name).to_dict().items() if key in _TOWER_SHAPE} == shape:
-                return name
-        raise ConfigError("original LLaVA's config.json only names its tower, and this one is none of the published; set mm_vision_tower")
+                return {"mm_vision_tower": name if stated is None else stated}
+        return {"mm_vision_tower": "unpublished" if stated is None else stated, "vision_config": described}
 
 
 @dataclass(kw_only=True, eq=False, init=False)

@@ -62,6 +62,7 @@ class PretrainedFiles(nn.Module):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        vision_tower: str | Path | None = None,
         allow_pickle: bool = False,
         low_cpu_mem_usage: bool = True,
     ) -> Self:
@@ -69,7 +70,8 @@ class PretrainedFiles(nn.Module):
 
         dtype (or torch_dtype) is a torch dtype or its name; "auto", the default, keeps that of the files. device (or device_map) is
         one device; "auto" is CUDA where there is one, the default is the CPU. config replaces the folder's own. Memory always holds
-        the model and one tensor at most, so low_cpu_mem_usage cannot be switched off. The hub's arguments are resolve_model's.
+        the model and one tensor at most, so low_cpu_mem_usage cannot be switched off. The hub's arguments are resolve_model's. vision_tower
+        is a folder or hub id, for a LLaVA of the original layout that does not hold its tower.
         Raises: CheckpointError when it is another kind of model, incomplete or damaged; ConfigError for arguments.
         """
         if not low_cpu_mem_usage:
@@ -88,12 +90,12 @@ class PretrainedFiles(nn.Module):
             allow_pickle=allow_pickle,
         )
         if config is None:
-            config = load_config(folder)
+            config = load_config(folder, vision_tower=vision_tower)
         if not isinstance(config, cls.config_class):
             raise CheckpointError(f"{folder} holds a {config.model_type} model, {cls.__name__} needs {cls.config_class.model_type}")
         with torch.device("meta"):
             built = cls(config)
-        load_weights(built, folder, dtype=chosen_dtype, device=chosen_device, allow_pickle=allow_pickle)
+        load_weights(built, folder, dtype=chosen_dtype, device=chosen_device, vision_tower=vision_tower, allow_pickle=allow_pickle)
         built.source = ModelSource(str(model), folder)
         built.generation = load_generation(folder)
         return built.eval()

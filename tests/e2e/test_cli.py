@@ -18,6 +18,7 @@ from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
 from tests.fake_hub import FakeHub, fake_hub, folder_files
 from tests.meta_files import MetaLlama
+from tests.original_folders import make_original
 from tests.tiny import llama, save_llava, tiny_tokenizer
 
 __all__ = ["fake_hub"]
@@ -182,6 +183,23 @@ def test_weights_of_meta_are_converted(llava: Callable[..., Done], tmp_path: Pat
     assert (done.returncode, "llava convert-llama-weights" in done.stderr) == (3, True)
 
 
+def test_a_folder_of_original_llava_is_asked_and_converted(llava: Callable[..., Done], image: str, tmp_path: Path) -> None:
+    made = make_original(tmp_path / "made", "v1.5")
+    ask = ("ask", image, "what?", "--max-tokens", "5", "--model")
+    expected = llava(*ask, str(made.path))
+    assert expected.returncode == 0, expected.stderr
+    assert json.loads(llava("inspect", str(made.path), "--json").stdout)["kind"] == "llava (original LLaVA's layout)"
+    dry = llava("convert", str(made.path), str(tmp_path / "hf"), "--dry-run")
+    assert (dry.returncode, dry.stdout) == (0, f"{len(list(made.model.named_parameters()))} tensors fit\n")
+    done = llava("convert", str(made.path), str(tmp_path / "hf"), "--max-shard-size", "40KB")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'hf'}\n")
+    assert llava(*ask, str(tmp_path / "hf")).stdout == expected.stdout
+    assert llava("convert", str(tmp_path / "hf"), str(tmp_path / "back"), "--to", "original").returncode == 0
+    assert llava(*ask, str(tmp_path / "back")).stdout == expected.stdout
+    again = llava("convert", str(made.path), str(tmp_path / "hf"))
+    assert (again.returncode, "exists; choose another folder" in again.stderr) == (6, True)
+
+
 def test_the_tokenizer_alone_is_converted(llava: Callable[..., Done], tmp_path: Path) -> None:
     MetaLlama().save(tmp_path / "meta")
     arguments = ("--input_dir", str(tmp_path / "meta"), "--model_size", "tokenizer_only", "--output_dir", str(tmp_path / "hf"))
@@ -193,6 +211,9 @@ def test_the_tokenizer_alone_is_converted(llava: Callable[..., Done], tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (("convert", "{model}", "x", "--to", "gguf"), 2, "gguf"),
+        (("convert", "{image}", "x"), 3, "is a file"),
+        (("convert", "{model}", "{image}"), 6, "is a file; a folder goes there"),
         (("convert-llama-weights", "--input-dir", "{model}"), 2, "--output-dir"),
         (("convert-llama-weights", "--input-dir", "{model}", "--output-dir", "{text}"), 3, "there is no params.json"),
         (("convert-llama-weights", "--input-dir", "{model}", "--output-dir", "x", "--max-shard-size", "5 cm"), 2, "max_shard_size"),

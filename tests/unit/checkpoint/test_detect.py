@@ -14,13 +14,13 @@ from llavakit.errors import CheckpointError
 def test_kinds_that_are_read() -> None:
     assert detect_kind({"model_type": "llava", "text_config": {}, "mm_hidden_size": 3}) is Kind.LLAVA_HF
     assert detect_kind({"model_type": "llama"}) is Kind.DECODER
+    assert detect_kind({"model_type": "llava", "mm_vision_tower": "openai/clip"}) is Kind.ORIGINAL
+    assert detect_kind({"model_type": "llava_llama", "mm_hidden_size": 1024}) is Kind.ORIGINAL
 
 
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"model_type": "llava", "mm_vision_tower": "openai/clip"}, "original LLaVA layout"),
-        ({"model_type": "llava_llama", "mm_hidden_size": 1024}, "original LLaVA layout"),
         ({"model_type": "llava"}, "neither text_config"),
         ({"model_type": "llava_onevision", "text_config": {}}, "'llava_onevision'; llava and llava_next"),
         ({}, "None"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llavakit import LlamaForCausalLM, LlamaTokenizer
-from llavakit.checkpoint.convert import convert_meta
+from llavakit.checkpoint import convert as converting
 from llavakit.checkpoint.meta import MetaFolder
 from llavakit.errors import CheckpointError, StorageError
 from llavakit.storage.folder import manifest_problems
@@ -33,7 +33,8 @@ MODELS = {
 
 
 def convert(source: Path, destination: Path, **options: Any) -> Path:
-    convert_meta(source, destination, tokenizer=source, **options)
+    progress = options.pop("progress", None)
+    converting.convert(source, destination, converting.Conversion(allow_pickle=True, **options), progress)
     return destination
 
 

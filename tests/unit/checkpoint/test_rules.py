@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from llavakit.checkpoint.layouts import LLAMA, LLAMA_DECODER, LLAVA_HF
-from llavakit.checkpoint.rules import Drop, Layout, Rename, plan_load
+from llavakit.checkpoint.rules import Drop, Layout, Rename
+from llavakit.checkpoint.rules import plan_load as plan_parts
 from llavakit.errors import CheckpointError
+
+
+def plan_load(
+    layout: Layout, sources: Mapping[str, tuple[int, ...]], targets: Mapping[str, tuple[int, ...]], *, tied: Mapping[str, str]
+) -> dict[str, str]:
+    """Plan for a model in one part."""
+    return {source: target for (_, source), target in plan_parts([(layout, sources)], targets, tied=tied).items()}
+
 
 PLAIN = Layout("plain", (Rename("old.", "new."), Rename("", "")), (Drop(r".*\.skip", "of no use"),))
 

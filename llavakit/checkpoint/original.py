@@ -1,0 +1,170 @@
+"""Original LLaVA's folders: what their config.json means, and the processor that they leave to the code.
+
+Owns: read_original_config, original_processor, write_original. Refuses: the folder's name, by which original LLaVA chooses.
+Sources: llava/model/builder.py, clip_encoder.py and mm_utils.py of LLaVA and LLaVA-NeXT.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llavakit.checkpoint.card import copy_licences
+from llavakit.checkpoint.generation import GENERATION_NAME
+from llavakit.checkpoint.layouts import original_layout
+from llavakit.checkpoint.parts import tower_folder
+from llavakit.checkpoint.rules import Layout
+from llavakit.errors import CheckpointError, ConfigError
+from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava_config import LlavaConfig, LlavaNextConfig, published_tower
+from llavakit.processing.chat import ChatTemplate
+from llavakit.processing.image import Aspect, ImageProcessor
+from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.template_choice import template_of_checkpoint
+from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
+from llavakit.processing.tokenizer.load import load_tokenizer
+from llavakit.processing.tokenizer.slow import LlamaTokenizer
+from llavakit.storage.documents import read_json, write_json
+from llavakit.storage.tensors import write_tensors
+
+__all__ = ["original_processor", "read_original_config", "write_original"]
+
+IMAGE_TOKEN = "<image>"
+_HALF = (0.5, 0.5, 0.5)
+_ASPECTS: Mapping[str, Aspect] = {"pad": "pad", "anyres": "anyres", "square": "crop", "": "crop"}
+
+
+def read_original_config(values: Mapping[str, Any], vision_tower: str | Path | None = None) -> LlavaConfig:
+    """Read the flat form; a tower that is not one of the published is described by its own folder.
+
+    Raises: ConfigError, CheckpointError.
+    """
+    if "vision_config" not in values and (vision_tower is not None or not _is_published(values.get("mm_vision_tower"))):
+        described = read_json(tower_folder(values, vision_tower, allow_pickle=False, weights=False) / "config.json")
+        values = {**values, "vision_config": described.get("vision_config", described)}
+    config = LlavaConfig.from_dict(values)
+    if not config.vision_config.has_cls:
+        config.vision_feature_select_strategy = "full"  # nothing is dropped, which transformers calls so
+    return config
+
+
+def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate | None = None) -> LlavaProcessor:
+    """Build the processor of an original folder, and give config the id of its <image> token, which comes after the tokenizer's.
+
+    That id may lie beyond the embedding: no prompt looks it up. Raises: CheckpointError.
+    """
+    stated = config.to_dict()
+    if stated.get("mm_use_im_start_end"):
+        raise CheckpointError(f"{folder} puts <im_start> and <im_end> around pictures (mm_use_im_start_end), which is not supported")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    index = tokenizer.find_token(IMAGE_TOKEN)
+    assert index is not None, "it was just added"
+    config.image_token_index = index
+    vision = config.vision_config
+    return LlavaProcessor(
+        tokenizer=tokenizer,
+        image_processor=_image_processor(config, stated.get("image_aspect_ratio")),
+        template=template_of_checkpoint(folder, named=template).template,
+        image_token_id=index,
+        patch_size=vision.patch_size,
+        keep_cls=config.vision_feature_select_strategy == "full",
+        has_cls=vision.has_cls,
+    )
+
+
+def _image_processor(config: LlavaConfig, ratio: object) -> ImageProcessor:
+    side, is_siglip = config.vision_config.image_size, not config.vision_config.has_cls
+    aspect = _ASPECTS.get("" if ratio is None else str(ratio))
+    if aspect is None:
+        raise CheckpointError(f"config.json states image_aspect_ratio={ratio!r}; supported are {', '.join(filter(None, _ASPECTS))}")
+    if aspect == "crop" and is_siglip:
+        aspect = "stretch"
+    pinpoints = tuple((width, height) for height, width in config.image_grid_pinpoints) if isinstance(config, LlavaNextConfig) else ()
+    images = ImageProcessor(size_px=side, crop_px=side, aspect=aspect, pinpoints=pinpoints)
+    if is_siglip:
+        images = replace(images, mean=_HALF, std=_HALF)
+    return images if config.merge is None else replace(images, merge=config.merge, is_rounded=False)
+
+
+def _is_published(name: object) -> bool:
+    if not isinstance(name, str):
+        return name is None
+    try:
+        published_tower(name)
+    except ConfigError:
+        return False
+    return True
+
+
+def write_original(
+    model: LlavaCore | LlamaCore,
+    folder: Path,
+    dtypes: Mapping[str, torch.dtype],
+    tensors: Iterator[tuple[str, Tensor]],
+    *,
+    processor: object,
+    source: Path,
+    max_shard_bytes: int,
+) -> None:
+    """Write original LLaVA's layout, with the tower in it: config.json, weights that come one by one, the tokenizer's files.
+
+    Raises: ConfigError where that layout cannot say what the model is.
+    """
+    assert isinstance(model, LlavaCore)
+    assert isinstance(processor, LlavaProcessor)
+    layout = original_layout(model.config.projector_depth)
+    names = {name: _file_name(layout, name) for name, _ in model.named_parameters()}
+    specs = {names[name]: (dtypes[name], tuple(weight.shape)) for name, weight in model.named_parameters()}
+    tokenizer = _tokenizer_without(processor, model.config.text_config.vocab_size)
+    values = {**_config_values(model.config, processor), "pad_token_id": tokenizer.pad_token_id, "torch_dtype": _dtype_name(dtypes)}
+    write_json(folder / "config.json", values)
+    write_tensors(folder, specs, ((names[name], tensor) for name, tensor in tensors), max_shard_bytes=max_shard_bytes)
+    tokenizer.save_pretrained(folder)
+    if (source / GENERATION_NAME).is_file():
+        write_json(folder / GENERATION_NAME, read_json(source / GENERATION_NAME))
+    copy_licences(source, folder)
+
+
+def _file_name(layout: Layout, name: str) -> str:
+    found = layout.source(name)
+    assert found is not None, "the layout names every tensor of ours"
+    return found
+
+
+def _config_values(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, Any]:
+    """Write the flat form; the tower lies in the folder, so original LLaVA has to take it from there."""
+    values = config.to_original_dict()
+    images = processor.image_processor
+    is_padded = images.aspect == "pad" or processor.preprocessing_note is not None
+    values.setdefault("image_aspect_ratio", "pad" if is_padded else None)
+    return {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")} | {"unfreeze_mm_vision_tower": True}
+
+
+def _dtype_name(dtypes: Mapping[str, torch.dtype]) -> str:
+    return str(functools.reduce(torch.promote_types, dtypes.values())).removeprefix("torch.")
+
+
+def _tokenizer_without(processor: LlavaProcessor, num_rows: int) -> LlamaTokenizer | LlamaTokenizerFast:
+    """Return the tokenizer without <image>, which original LLaVA cuts out of a text itself, and without tokens that have no row."""
+    tokenizer = processor.tokenizer
+    if not isinstance(tokenizer, LlamaTokenizer):
+        assert isinstance(tokenizer, LlamaTokenizerFast)
+        return tokenizer
+    most = min(num_rows, processor.image_token_id)  # llava-hf puts its pad token behind <image>
+    kept = {index: token for index, token in tokenizer.added_tokens_decoder.items() if index < most}
+    has_pad = tokenizer.pad_token_id is not None and tokenizer.pad_token_id in kept
+    return LlamaTokenizer(
+        tokenizer.files()["tokenizer.model"],
+        added_tokens=kept,
+        pad_token=tokenizer.pad_token if has_pad else tokenizer.unk_token,
+        legacy=tokenizer.legacy,
+        padding_side="right",
+        model_max_length=tokenizer.model_max_length,
+    )

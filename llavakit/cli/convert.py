@@ -1,0 +1,81 @@
+"""llava convert: a checkpoint of any layout into another one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from llavakit.logs import show_logs
+
+__all__ = ["convert", "show_progress"]
+
+
+def convert(
+    source: str,
+    destination: Path,
+    *,
+    to: Literal["hf", "original", "text"] = "hf",
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    vision_tower: str | None = None,
+    max_shard_size: str = "5GB",
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Convert a checkpoint; its layout is told by its content. Memory holds one tensor, and DESTINATION appears whole or not at all.
+
+    Parameters
+    ----------
+    source
+        Folder or hub id.
+    destination
+        A new or empty folder.
+    to
+        hf is the Hugging Face layout, original is LLaVA's own, text is the language model of a LLaVA alone.
+    dtype
+        Of the new weights; auto keeps the files', bit for bit.
+    vision_tower
+        Folder or hub id of an original LLaVA's tower, in place of the one that its config names.
+    max_shard_size
+        Most bytes of a file, like 5GB or 200MiB.
+    revision
+        Branch, tag or commit of a hub id.
+    allow_pickle
+        Read pickle files (.bin, .pth) too.
+    dry_run
+        Check names and shapes, write nothing.
+    """
+    from llavakit.checkpoint.convert import Conversion
+    from llavakit.checkpoint.convert import convert as convert_folder
+    from llavakit.checkpoint.hf import parse_size
+    from llavakit.checkpoint.placement import choose_dtype
+    from llavakit.storage.hub import resolve_model
+
+    show_logs()
+    how = Conversion(
+        to=to,
+        dtype=choose_dtype(dtype),
+        vision_tower=vision_tower,
+        max_shard_bytes=parse_size("max_shard_size", max_shard_size),
+        allow_pickle=allow_pickle,
+        is_dry=dry_run,
+    )
+    folder = resolve_model(source, revision=revision, allow_pickle=allow_pickle)
+    with show_progress() as progress:
+        names = convert_folder(folder, destination, how, progress)
+    sys.stdout.write(f"{len(names)} tensors fit\n" if dry_run else f"{destination}\n")
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[int, int], None]]:
+    """Show bytes and the time left on stderr, where a person looks at it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=None, visible=console.is_terminal)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

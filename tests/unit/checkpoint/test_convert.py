@@ -1,0 +1,190 @@
+"""Original LLaVA's folders: loaded directly, converted both ways bit for bit, answered alike in every layout."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llavakit import LLM, Conversation, LlamaForCausalLM, LlavaLlamaForCausalLM, LlavaProcessor, SamplingParams
+from llavakit.checkpoint.convert import Conversion, convert
+from llavakit.checkpoint.load import load_config
+from llavakit.errors import CheckpointError, ConfigError
+from llavakit.processing.image import decode_image
+from llavakit.storage.tensors import TensorFolder
+from llavakit.world.render import render, to_png
+from llavakit.world.scenes import Backdrop, Scene
+from tests.original_folders import KINDS, OriginalFolder, make_original
+from tests.tiny import NUM_PIECES, tiny_processor
+
+PICTURE = to_png(render(Scene((), Backdrop("plain", (9, 99, 199), (0, 0, 0), 0)), 70, 30))
+GREEDY = SamplingParams(max_tokens=8)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    with TensorFolder(folder) as files:
+        return {name: files.read(name) for name in files.specs}
+
+
+def assert_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    assert set(first) == set(second)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def answer(folder: Path, **options: Any) -> Sequence[int]:
+    llm = LLM.load(folder, device="cpu", **options)
+    ids: Sequence[int] = llm.chat(Conversation.ask("what is there?", PICTURE), GREEDY).ids
+    return ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_original_folders_load_as_they_are(tmp_path: Path, kind: str) -> None:
+    original = make_original(tmp_path, kind)
+    model = LlavaLlamaForCausalLM.from_pretrained(original.path)
+    assert_same(dict(model.named_parameters()), dict(original.model.named_parameters()))
+    assert model.config.image_token_index is None  # -200 stands for a picture
+    assert model.config.merge == original.model.config.merge
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_every_layout_gives_the_same_answer(tmp_path: Path, kind: str, pickled: bool) -> None:
+    original = make_original(tmp_path, kind, pickled=pickled)
+    expected = answer(original.path, allow_pickle=pickled)
+    convert(original.path, tmp_path / "hf", Conversion(allow_pickle=pickled))
+    assert answer(tmp_path / "hf") == expected
+    convert(tmp_path / "hf", tmp_path / "back", Conversion(to="original"))
+    assert answer(tmp_path / "back") == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_keeps_every_bit(tmp_path: Path, kind: str) -> None:
+    original = make_original(tmp_path, kind, tower_inside=True)
+    convert(original.path, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "back", Conversion(to="original"))
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(original.path))
+    convert(tmp_path / "back", tmp_path / "again")
+    assert_same(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "hf"))
+    first, second = (load_config(folder) for folder in (original.path, tmp_path / "back"))
+    assert first.to_original_dict() == second.to_original_dict()
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == json.loads((tmp_path / "hf" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "v1"])  # it knows no projector of one layer
+def test_the_oracle_agrees_with_what_is_written(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    original = make_original(tmp_path, kind)
+    convert(original.path, tmp_path / "hf")
+    processor = LlavaProcessor.from_pretrained(tmp_path / "hf")
+    name = "LlavaNextForConditionalGeneration" if "1.6" in kind else "LlavaForConditionalGeneration"
+    theirs = getattr(transformers, name).from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+    inputs = processor([decode_image(PICTURE)], "USER: <image>\nwhat is there? ASSISTANT:")
+    ours = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits, atol=1e-4, rtol=1e-4)
+    assert len(processor.tokenizer) <= ours.config.text_config.vocab_size
+    assert ours.config.text_config.vocab_size % 64 == 0
+
+
+def test_new_rows_are_the_mean_and_old_ones_keep_their_bits(tmp_path: Path) -> None:
+    original = make_original(tmp_path, "v1.5")
+    convert(original.path, tmp_path / "hf")
+    table = tensors_of(tmp_path / "hf")["language_model.model.embed_tokens.weight"]
+    old = original.model.get_input_embeddings().weight
+    assert torch.equal(table[:NUM_PIECES], old)
+    torch.testing.assert_close(table[NUM_PIECES:], old.mean(0, keepdim=True).expand(table.shape[0] - NUM_PIECES, -1))
+    config = load_config(tmp_path / "hf").to_dict()
+    assert (config["image_token_index"], config["original_vocab_size"]) == (NUM_PIECES, NUM_PIECES)
+
+
+def test_what_the_weights_were_trained_with_is_written(tmp_path: Path) -> None:
+    convert(make_original(tmp_path, "v1.5").path, tmp_path / "hf")
+    processor = LlavaProcessor.from_pretrained(tmp_path / "hf")
+    assert (processor.template.name, processor.image_processor.aspect, processor.preprocessing_note) == ("v1", "pad", None)
+    convert(make_original(tmp_path / "next", "v1.6").path, tmp_path / "next hf")
+    assert LlavaProcessor.from_pretrained(tmp_path / "next hf").image_processor.aspect == "anyres"
+
+
+def test_a_llava_hf_folder_becomes_an_original_one_and_comes_back(tmp_path: Path) -> None:
+    """Its vocabulary has rows for <image> and <pad> already, and keeps them."""
+    from tests.tiny import llava
+
+    llava().save_pretrained(tmp_path / "hf", processor=tiny_processor())
+    convert(tmp_path / "hf", tmp_path / "original", Conversion(to="original"))
+    assert answer(tmp_path / "original") == answer(tmp_path / "hf")
+    convert(tmp_path / "original", tmp_path / "again")
+    assert_same(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "hf"))
+
+
+def test_the_language_model_alone(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM as HfLlama
+
+    original = make_original(tmp_path, "v1.5")
+    convert(original.path, tmp_path / "text", Conversion(to="text", dtype=torch.bfloat16))
+    ids = torch.tensor([[1, 5, 6, 7]])
+    ours = LlamaForCausalLM.from_pretrained(tmp_path / "text")
+    theirs = HfLlama.from_pretrained(tmp_path / "text", dtype=torch.float32)
+    assert ours.dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(ours.float()(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    original = make_original(tmp_path, "v1.6")
+    names = convert(original.path, tmp_path / "hf", Conversion(is_dry=True))
+    assert names == [name for name, _ in original.model.named_parameters()]
+    assert not (tmp_path / "hf").exists()
+
+
+def edit(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+FAULTS: dict[str, tuple[Callable[[OriginalFolder], object], str]] = {
+    "no tower": (lambda made: edit(made.path, mm_vision_tower="/no/such/tower"), "--vision-tower names a folder"),
+    "an unnamed tower": (lambda made: edit(made.path, mm_vision_tower=7), "says? which tower it is|names no mm_vision_tower"),
+    "another tower": (lambda made: edit(made.tower or made.path, vision_config={"hidden_size": 48, "image_size": 28}), "mm_hidden_size"),
+    "another projector": (lambda made: edit(made.path, mm_projector_type="mlp3x_gelu"), "missing multi_modal_projector.linear_3"),
+    "tokens around pictures": (lambda made: edit(made.path, mm_use_im_start_end=True), "mm_use_im_start_end"),
+    "another ratio": (lambda made: edit(made.path, image_aspect_ratio="golden"), "image_aspect_ratio='golden'"),
+    "several scales": (lambda made: edit(made.path, s2=True), "several scales"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_what_cannot_be_converted_is_refused_and_nothing_is_written(tmp_path: Path, kind: str) -> None:
+    action, told = FAULTS[kind]
+    made = make_original(tmp_path / "made", "v1.5")
+    action(made)
+    with pytest.raises(CheckpointError, match=told):
+        convert(made.path, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_pickles_are_read_only_when_they_may_be(tmp_path: Path) -> None:
+    made = make_original(tmp_path, "v1.6", pickled=True)
+    with pytest.raises(CheckpointError, match="allow_pickle"):
+        convert(made.path, tmp_path / "hf")
+    convert(made.path, tmp_path / "hf", Conversion(allow_pickle=True))
+
+
+def test_another_tower_may_be_named(tmp_path: Path) -> None:
+    made = make_original(tmp_path, "v1.5")
+    edit(made.path, mm_vision_tower="openai/clip-vit-large-patch14-336")
+    expected = dict(made.model.named_parameters())
+    assert_same(dict(LlavaLlamaForCausalLM.from_pretrained(made.path, vision_tower=made.tower).named_parameters()), expected)
+    convert(made.path, tmp_path / "hf", Conversion(vision_tower=made.tower))
+    assert answer(made.path, vision_tower=made.tower) == answer(tmp_path / "hf")
+
+
+def test_a_language_model_stays_one(tmp_path: Path) -> None:
+    convert(make_original(tmp_path, "v1.5").path, tmp_path / "text", Conversion(to="text"))
+    convert(tmp_path / "text", tmp_path / "again")
+    assert_same(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "text"))
+    with pytest.raises(ConfigError, match="only --to hf can hold it"):
+        convert(tmp_path / "text", tmp_path / "no", Conversion(to="original"))
