@@ -3,7 +3,7 @@
 Ours is the generation loop that every command uses; transformers runs forward passes over its own cache and takes the most likely
 token, without generate's bookkeeping, once with its fused and once with its plain attention, and the faster one counts. Both sides
 hold the very same weights in memory. A round's decode is its median step, so that a neighbour's burst counts once.
-Each row must reach a ratio of 0.97. Run: python -m benchmarks.forward [--device cuda] [--rounds 7]
+Each row must reach a ratio of 0.97. Run: python -m benchmarks.forward [--device cuda] [--rounds 15]
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
     """Measure all rows, record them; return 1 when one is below the least ratio."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     rows = []
     for dtype in DTYPES:

@@ -21,6 +21,7 @@ import torch
 __all__ = ["RESULTS", "Comparison", "alternate", "machine_facts", "write_result"]
 
 RESULTS = Path(__file__).parent / "results"
+_CONTEST = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,9 @@ class Comparison:
 
     @property
     def best_peer(self) -> str:
-        """The peer with the smallest median."""
-        return min(self.peers, key=lambda name: statistics.median(self.peers[name]))
+        """The peer with the smallest median, of those that ran to the end."""
+        finalists = [name for name, seconds in self.peers.items() if len(seconds) == len(self.ours)]
+        return min(finalists, key=lambda name: statistics.median(self.peers[name]))
 
     @property
     def ratios(self) -> list[float]:
@@ -55,7 +57,8 @@ class Comparison:
 def alternate(ours: Callable[[], Sequence[float]], peers: Mapping[str, Callable[[], Sequence[float]]], rounds: int) -> list[Comparison]:
     """Run ours and the peers in turn, one round to warm up and then so many; the order turns round from round to round.
 
-    Each callable returns the seconds of one or several measured parts; there is one comparison per part.
+    Each callable returns the seconds of one or several measured parts; there is one comparison per part. A peer that was the fastest
+    in no part after five rounds drops out.
     """
     runs = {"": ours, **peers}
     seconds: dict[str, list[Sequence[float]]] = {name: [] for name in runs}
@@ -65,6 +68,10 @@ def alternate(ours: Callable[[], Sequence[float]], peers: Mapping[str, Callable[
             measured = runs[name]()
             if number > 0:
                 seconds[name].append(measured)
+        if number == _CONTEST:
+            medians = {name: [statistics.median(part) for part in zip(*seconds[name], strict=True)] for name in peers}
+            best = {min(peers, key=lambda name: medians[name][part]) for part in range(len(seconds[""][0]))}
+            runs = {name: run for name, run in runs.items() if not name or name in best}
     num_parts = len(seconds[""][0])
     parts = [{name: tuple(measured[part] for measured in rows) for name, rows in seconds.items()} for part in range(num_parts)]
     return [Comparison(part[""], {name: values for name, values in part.items() if name}) for part in parts]

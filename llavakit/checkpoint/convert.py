@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from llavakit.checkpoint.hf import MAX_SHARD_BYTES, SideFiles, write_checkpoint
 from llavakit.checkpoint.layouts import LLAMA
-from llavakit.checkpoint.load import build_core, load_config, load_processor, read_weight
+from llavakit.checkpoint.load import build_core, load_config, load_processor, processor_folder, read_weight
 from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
 from llavakit.checkpoint.original import write_original
-from llavakit.checkpoint.parts import Part, open_parts
+from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_parts
 from llavakit.checkpoint.rules import plan_load
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.logs import logger
@@ -52,13 +52,11 @@ class Conversion:
     """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the HF layout."""
     tokenizer: Path | None = None
     """Folder of the tokenizer, where it is not the source's."""
-    vision_tower: str | Path | None = None
-    """Tower of an original LLaVA in place of the one that its config names."""
+    sources: Sources = field(default_factory=Sources)
+    """What the folder needs beside itself, and whether pickle files are read."""
     dtype: torch.dtype | None = None
     """Of the new weights; None keeps the files'."""
     max_shard_bytes: int = MAX_SHARD_BYTES
-    allow_pickle: bool = False
-    """Read pickle files too."""
     is_dry: bool = False
     """Check everything but write nothing."""
 
@@ -109,7 +107,7 @@ def convert(
                 plan.dtypes,
                 tensors,
                 processor=opened.processor,
-                source=source,
+                source=how.sources.base_folder(source) if is_adapter(source) else source,
                 max_shard_bytes=how.max_shard_bytes,
             )
     return list(plan.sources)
@@ -118,7 +116,7 @@ def convert(
 @contextlib.contextmanager
 def _open(source: Path, how: Conversion) -> Iterator[_Opened]:
     if is_meta_folder(source):
-        if not how.allow_pickle:
+        if not how.sources.allow_pickle:
             raise CheckpointError(f"{source} holds pickle files; where you trust their origin, allow_pickle reads their tensors")
         words = load_tokenizer(source if how.tokenizer is None else how.tokenizer)
         with MetaFolder(source) as files:
@@ -126,18 +124,18 @@ def _open(source: Path, how: Conversion) -> Iterator[_Opened]:
             _check_rows(words, files.config)
             yield _Opened(files.config, (Part(files, LLAMA),), words)
         return
-    config = load_config(source, vision_tower=how.vision_tower)
+    config = load_config(source, how.sources)
     processor = _side_files(source, config, how)
-    with open_parts(source, build_core(config), vision_tower=how.vision_tower, allow_pickle=how.allow_pickle) as parts:
+    with open_parts(source, build_core(config), how.sources) as parts:
         yield _Opened(config, parts, processor)
 
 
 def _side_files(source: Path, config: LlamaConfig | LlavaConfig, how: Conversion) -> SideFiles:
     if isinstance(config, LlavaConfig) and how.to != "text":
-        processor = load_processor(source, config)
+        processor = load_processor(source, config, sources=how.sources)
         assert isinstance(processor, LlavaProcessor)
         return processor
-    words = load_tokenizer(source if how.tokenizer is None else how.tokenizer)
+    words = load_tokenizer(processor_folder(source, how.sources))
     _check_rows(words, config.get_text_config())
     return words
 

@@ -12,7 +12,7 @@ import re
 
 from llavakit.checkpoint.rules import Drop, Layout, Rename
 
-__all__ = ["LLAMA", "LLAMA_DECODER", "LLAVA_HF", "TOWER", "original_layout"]
+__all__ = ["LANGUAGE_MODEL", "LLAMA", "LLAMA_DECODER", "LLAVA_HF", "TOWER", "original_layout"]
 
 _PROJECTOR, _ORIGINAL_TOWER = "model.mm_projector.", "model.vision_tower.vision_tower."
 _DROPS = (
@@ -53,6 +53,12 @@ TOWER = Layout(
 )
 """A tower alone, or a whole CLIP or SigLIP."""
 LLAMA = Layout(name="llama", renames=(Rename("model.", "model."), Rename("lm_head.", "lm_head.")), drops=_DROPS)
+LANGUAGE_MODEL = Layout(
+    name="language model",
+    renames=(Rename("model.", "language_model.model."), Rename("lm_head.", "language_model.lm_head.")),
+    drops=_DROPS,
+)
+"""A Llama on which a LLaVA is built."""
 LLAMA_DECODER = Layout(
     name="llama decoder",
     renames=(Rename("model.", ""), Rename("embed_tokens.", "embed_tokens."), Rename("layers.", "layers."), Rename("norm.", "norm.")),

@@ -8,6 +8,7 @@ one tensor; NaN and infinite weights are refused, also those that the target dty
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from llavakit.checkpoint.detect import Kind, detect_kind, foreign_kind
 from llavakit.checkpoint.original import original_processor, read_original_config
-from llavakit.checkpoint.parts import TensorSource, open_parts
+from llavakit.checkpoint.parts import Sources, TensorSource, is_adapter, kind_of_folder, open_parts
 from llavakit.checkpoint.rules import plan_load
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.geometry import num_image_tokens
@@ -27,15 +28,17 @@ from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.text import TextProcessor
 from llavakit.storage.documents import read_json
 
-__all__ = ["build_core", "load_config", "load_core", "load_processor", "load_weights", "read_weight"]
+__all__ = ["build_core", "load_config", "load_core", "load_processor", "load_weights", "processor_folder", "read_weight"]
+
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def load_config(folder: Path, *, vision_tower: str | Path | None = None) -> LlamaConfig | LlavaConfig:
-    """Read config.json and decide by its content which model it is; vision_tower describes the tower of an original LLaVA.
-
-    Raises: CheckpointError.
-    """
+def load_config(folder: Path, sources: Sources = Sources()) -> LlamaConfig | LlavaConfig:
+    """Read config.json and decide by its content which model it is; an adapter without one has its base's. Raises: CheckpointError."""
     path = folder / "config.json"
+    if not path.is_file() and is_adapter(folder):
+        return load_config(sources.base_folder(folder), replace(sources, base=None))
     if not path.is_file():
         kind = foreign_kind([file.name for file in folder.iterdir()] if folder.is_dir() else [])
         raise CheckpointError(f"{folder} has no config.json" if kind is None else f"{folder} holds {kind}")
@@ -45,7 +48,7 @@ def load_config(folder: Path, *, vision_tower: str | Path | None = None) -> Llam
             case Kind.LLAVA_HF:
                 return LlavaConfig.from_dict(values)
             case Kind.ORIGINAL:
-                return read_original_config(values, vision_tower)
+                return read_original_config(values, sources.vision_tower)
         return DECODERS[values["model_type"]].from_dict(values)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -57,12 +60,11 @@ def load_core(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    vision_tower: str | Path | None = None,
-    allow_pickle: bool = False,
+    sources: Sources = Sources(),
 ) -> LlamaCore | LlavaCore:
     """Load the packed core that a config describes, the folder's own if None, in eval mode; dtype None keeps each tensor's own."""
-    core = build_core(load_config(folder, vision_tower=vision_tower) if config is None else config)
-    load_weights(core, folder, dtype=dtype, device=device, vision_tower=vision_tower, allow_pickle=allow_pickle)
+    core = build_core(load_config(folder, sources) if config is None else config)
+    load_weights(core, folder, dtype=dtype, device=device, sources=sources)
     return core.eval()
 
 
@@ -72,12 +74,19 @@ def build_core(config: LlamaConfig | LlavaConfig) -> LlamaCore | LlavaCore:
         return LlavaCore(config) if isinstance(config, LlavaConfig) else LlamaCore(config)
 
 
-def load_processor(folder: Path, config: LlamaConfig | LlavaConfig, template: ChatTemplate | None = None) -> LlavaProcessor | TextProcessor:
-    """Load the processor of a folder's model. Raises: CheckpointError, also where it makes other pictures than the config's tower takes."""
+def load_processor(
+    folder: Path, config: LlamaConfig | LlavaConfig, template: ChatTemplate | None = None, sources: Sources = Sources()
+) -> LlavaProcessor | TextProcessor:
+    """Load the processor of a folder's model; that of its base where the folder has none.
+
+    Raises: CheckpointError, also where it makes other pictures than the config's tower takes.
+    """
+    is_original = kind_of_folder(folder) is Kind.ORIGINAL
+    if is_original and isinstance(config, LlavaConfig):
+        return original_processor(folder, config, template, tokenizer=processor_folder(folder, sources))
+    folder = processor_folder(folder, sources, has_pictures=isinstance(config, LlavaConfig))
     if not isinstance(config, LlavaConfig):
         return TextProcessor.from_pretrained(folder, template=template)
-    if detect_kind(read_json(folder / "config.json")) is Kind.ORIGINAL:
-        return original_processor(folder, config, template)
     processor, vision = LlavaProcessor.from_pretrained(folder, template=template), config.vision_config
     for name, made, taken in (
         ("pictures of {} pixels", processor.image_processor.crop_px, vision.image_size),
@@ -92,23 +101,29 @@ def load_processor(folder: Path, config: LlamaConfig | LlavaConfig, template: Ch
     return processor
 
 
+def processor_folder(folder: Path, sources: Sources, *, has_pictures: bool = False) -> Path:
+    """Return where a model's tokenizer, and its image processor, lie: in its folder, or in that of its base. Raises: CheckpointError."""
+    is_whole = sources.base is None and not is_adapter(folder)
+    needed = (_TOKENIZER_FILES, _IMAGE_FILES) if has_pictures else (_TOKENIZER_FILES,)
+    has_all = all(any((folder / name).is_file() for name in names) for names in needed)
+    return folder if is_whole or has_all else sources.base_folder(folder)
+
+
 def load_weights(
     model: nn.Module,
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    vision_tower: str | Path | None = None,
-    allow_pickle: bool = False,
+    sources: Sources = Sources(),
 ) -> None:
-    """Fill a model whose parameters are on the meta device from a folder's safetensors.
+    """Fill a model whose parameters are on the meta device from a folder's files, and from those that it builds on.
 
-    Pickle files (pytorch_model.bin) are read where there are no safetensors and allow_pickle is set. vision_tower is open_parts'.
     Raises: CheckpointError, before anything is filled where names or shapes are wrong.
     """
     tied = _tied_names(model)
     targets = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
-    with open_parts(folder, model, vision_tower=vision_tower, allow_pickle=allow_pickle) as parts:
+    with open_parts(folder, model, sources) as parts:
         plan = plan_load([(part.layout, part.shapes) for part in parts], targets, tied=tied)
         for number, part in enumerate(parts):
             for source in part.tensors.in_file_order():

@@ -54,7 +54,7 @@ def read_original_config(values: Mapping[str, Any], vision_tower: str | Path | N
     return config
 
 
-def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate | None = None) -> LlavaProcessor:
+def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate | None, *, tokenizer: Path) -> LlavaProcessor:
     """Build the processor of an original folder, and give config the id of its <image> token, which comes after the tokenizer's.
 
     That id may lie beyond the embedding: no prompt looks it up. Raises: CheckpointError.
@@ -62,14 +62,14 @@ def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate
     stated = config.to_dict()
     if stated.get("mm_use_im_start_end"):
         raise CheckpointError(f"{folder} puts <im_start> and <im_end> around pictures (mm_use_im_start_end), which is not supported")
-    tokenizer = load_tokenizer(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    index = tokenizer.find_token(IMAGE_TOKEN)
+    words = load_tokenizer(tokenizer)
+    words.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    index = words.find_token(IMAGE_TOKEN)
     assert index is not None, "it was just added"
     config.image_token_index = index
     vision = config.vision_config
     return LlavaProcessor(
-        tokenizer=tokenizer,
+        tokenizer=words,
         image_processor=_image_processor(config, stated.get("image_aspect_ratio")),
         template=template_of_checkpoint(folder, named=template).template,
         image_token_id=index,

@@ -1,31 +1,35 @@
 """The tensors of a checkpoint of any layout, opened part by part.
 
-Owns: TensorSource, Part and open_parts: which files a model's weights lie in, and by which names. A LLaVA of the original layout may
-leave its tower where it was published; then there are two parts.
+Owns: TensorSource, Part, Sources and open_parts: which files a model's weights lie in, and by which names. A LLaVA of the original
+layout may leave its tower where it was published; adapters, deltas and projectors build on another folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from llavakit.checkpoint.adapters import ADAPTER_CONFIG, Adapter, Merged, base_of_adapter
+from llavakit.checkpoint.deltas import Summed
 from llavakit.checkpoint.detect import Kind, detect_kind
-from llavakit.checkpoint.layouts import LLAMA, LLAMA_DECODER, LLAVA_HF, TOWER, original_layout
+from llavakit.checkpoint.layouts import LANGUAGE_MODEL, LLAMA, LLAMA_DECODER, LLAVA_HF, TOWER, original_layout
 from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.storage.documents import read_optional_json
 from llavakit.storage.hub import resolve_model
-from llavakit.storage.pickle_tensors import PICKLE
+from llavakit.storage.pickle_tensors import PICKLE, PickleFile
 from llavakit.storage.tensors import SAFETENSORS, TensorFolder, TensorSpec
 
-__all__ = ["Part", "TensorSource", "open_parts", "tower_folder"]
+__all__ = ["Part", "Sources", "TensorSource", "is_adapter", "kind_of_folder", "open_parts", "tower_folder"]
+
+_PROJECTOR_FILE, _BESIDE_LORA = "mm_projector.bin", "non_lora_trainables.bin"
 
 
 class TensorSource(Protocol):
@@ -58,24 +62,152 @@ class Part:
         return {name: spec.shape for name, spec in self.tensors.specs.items()}
 
 
-@contextlib.contextmanager
-def open_parts(
-    folder: Path, model: nn.Module, *, vision_tower: str | Path | None = None, allow_pickle: bool = False
-) -> Iterator[tuple[Part, ...]]:
-    """Open the files of a model's weights. Raises: CheckpointError.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """What a folder may need beside itself, and what may be read."""
 
-    vision_tower is a folder or hub id in place of the one that an original LLaVA's config names; it is opened only where the folder
-    itself holds no tower.
-    """
+    base: str | Path | None = None
+    """Folder or hub id of the model that an adapter, a delta or a projector belongs to."""
+    vision_tower: str | Path | None = None
+    """Folder or hub id in place of the tower that an original LLaVA's config names; opened only where the folder holds none."""
+    allow_pickle: bool = False
+    """Read pickle files where there are no safetensors."""
+
+    def base_folder(self, folder: Path) -> Path:
+        """Return the folder of the base: the caller's, or the one that an adapter names. Raises: CheckpointError."""
+        name = base_of_adapter(folder) if self.base is None and is_adapter(folder) else self.base
+        if name is None:
+            raise CheckpointError(f"{folder} holds no whole model; name the one that it belongs to with --base")
+        return resolve_model(name, allow_pickle=self.allow_pickle)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def kind_of_folder(folder: Path) -> Kind | None:
+    """Decide by a folder's config.json; None where there is none. Raises: CheckpointError."""
     values = read_optional_json(folder / "config.json")
-    is_original = bool(values) and detect_kind(values) is Kind.ORIGINAL
-    layout = original_layout(model.config.projector_depth) if is_original and isinstance(model, LlavaCore) else _layout(model)
+    return detect_kind(values) if values else None
+
+
+@contextlib.contextmanager
+def open_parts(folder: Path, model: nn.Module, sources: Sources = Sources()) -> Iterator[tuple[Part, ...]]:
+    """Open the files of a model's weights, and those of what it builds on. Raises: CheckpointError."""
     with contextlib.ExitStack() as files:
-        parts = [Part(files.enter_context(_open(folder, allow_pickle=allow_pickle)), layout)]
-        if is_original and not any(name.startswith("model.vision_tower.") for name in parts[0].tensors.specs):
-            tower = tower_folder(values, vision_tower, allow_pickle=allow_pickle)
-            parts.append(Part(files.enter_context(_open(tower, allow_pickle=allow_pickle)), TOWER))
-        yield tuple(parts)
+        yield tuple(_Opening(files, model, sources).parts(folder))
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """The opening of a model's files; whatever was opened is closed with the stack."""
+
+    files: contextlib.ExitStack
+    model: nn.Module
+    sources: Sources
+
+    def parts(self, folder: Path) -> list[Part]:
+        """Open the parts of a folder."""
+        if kind_of_folder(folder) is Kind.ORIGINAL and isinstance(self.model, LlavaCore):
+            return self._original(folder, original_layout(self.model.config.projector_depth))
+        if is_adapter(folder):
+            base = _Opening(self.files, self.model, replace(self.sources, base=None)).parts(self.sources.base_folder(folder))
+            return self._merged(base, folder, base[0].layout)
+        return [Part(self._summed(folder), _layout(self.model))]
+
+    def _original(self, folder: Path, layout: Layout) -> list[Part]:
+        """Open original LLaVA's files: whole, a delta, a projector alone, or LoRA with what was trained beside it."""
+        if is_adapter(folder) or not _has_weights(folder):
+            base = self.sources.base_folder(folder)
+            is_llava = kind_of_folder(base) is Kind.ORIGINAL
+            parts = [Part(self._open(base), layout if is_llava else LANGUAGE_MODEL), *self._trained(folder, layout)]
+            parts = _without_doubles(parts)
+            parts = self._merged(parts, folder, layout) if is_adapter(folder) else parts
+        else:
+            parts = [Part(self._summed(folder), layout)]
+        if not any(target.startswith("vision_tower.") for target in _shapes_by_target(parts)):
+            values = read_optional_json(folder / "config.json")
+            tower = tower_folder(values, self.sources.vision_tower, allow_pickle=self.sources.allow_pickle)
+            parts.append(Part(self._open(tower), TOWER))
+        return parts
+
+    def _trained(self, folder: Path, layout: Layout) -> list[Part]:
+        """Open what LLaVA's trainings write beside no whole model: mm_projector.bin, non_lora_trainables.bin."""
+        found = [folder / name for name in (_PROJECTOR_FILE, _BESIDE_LORA) if (folder / name).is_file()]
+        if not found and not is_adapter(folder):
+            raise CheckpointError(f"{folder} has neither weights nor {_PROJECTOR_FILE}")
+        if found and not self.sources.allow_pickle:
+            raise CheckpointError(f"{found[0]} is a pickle file; where you trust its origin, allow_pickle reads its tensors")
+        parts = []
+        for path in found:
+            file = PickleFile(path)
+            self.files.callback(file.close)
+            parts.append(Part(View(file, {_plain_name(name, file.specs): name for name in file.specs}), layout))
+        return parts
+
+    def _merged(self, parts: list[Part], folder: Path, layout: Layout) -> list[Part]:
+        """Merge an adapter, whose modules' names are those of a layout."""
+        adapter = Adapter(folder, layout, allow_pickle=self.sources.allow_pickle)
+        self.files.callback(adapter.close)
+        if problems := adapter.problems(_shapes_by_target(parts)):
+            raise CheckpointError(f"the adapter {folder} does not fit its base: {'; '.join(problems[:10])}")
+        return [Part(Merged(part.tensors, part.layout, adapter), part.layout) for part in parts]
+
+    def _summed(self, folder: Path) -> TensorSource:
+        """Open a folder's weights; with a base they are its delta."""
+        files = self._open(folder)
+        return files if self.sources.base is None else Summed(files, self._open(self.sources.base_folder(folder)))
+
+    def _open(self, folder: Path) -> TensorFolder:
+        is_pickle = self.sources.allow_pickle and not SAFETENSORS.is_in(folder) and PICKLE.is_in(folder)
+        return self.files.enter_context(TensorFolder(folder, PICKLE if is_pickle else SAFETENSORS))
+
+
+class View:
+    """Some tensors of a source, under other names."""
+
+    def __init__(self, tensors: TensorSource, names: Mapping[str, str]) -> None:
+        """Show names' keys, which are its values in the source."""
+        self._tensors, self._names = tensors, names
+        self.specs: Mapping[str, TensorSpec] = {shown: tensors.specs[stored] for shown, stored in names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor in its stored dtype."""
+        return self._tensors.read(self._names[name])
+
+    def in_file_order(self) -> Iterator[str]:
+        """Iterate over names in the order that disks like."""
+        yield from sorted(self._names, key=lambda name: self.specs[name].start)
+
+    def close(self) -> None:
+        """Close the source."""
+        self._tensors.close()
+
+
+def _shapes_by_target(parts: Sequence[Part]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors by our names, those without one left out."""
+    named = ((part.layout.target(name), spec.shape) for part in parts for name, spec in part.tensors.specs.items())
+    return {target: shape for target, shape in named if target is not None}
+
+
+def _without_doubles(parts: list[Part]) -> list[Part]:
+    """Leave out of the base what was trained anew."""
+    base, *others = parts
+    trained = _shapes_by_target(others)
+    kept = {name: name for name in base.tensors.specs if base.layout.target(name) not in trained}
+    return [Part(View(base.tensors, kept), base.layout), *others]
+
+
+def _plain_name(name: str, names: Collection[str]) -> str:
+    """Return the name that a tensor of LLaVA's trainings has in a whole model, by the rule of its builder."""
+    shown = {other: other.removeprefix("base_model.") for other in names}
+    is_nested = any(other.startswith("model.model.") for other in shown.values())
+    return shown[name].removeprefix("model.") if is_nested else shown[name]
+
+
+def _has_weights(folder: Path) -> bool:
+    return SAFETENSORS.is_in(folder) or PICKLE.is_in(folder)
 
 
 def tower_folder(values: Mapping[str, Any], vision_tower: str | Path | None, *, allow_pickle: bool, weights: bool = True) -> Path:
@@ -87,11 +219,6 @@ def tower_folder(values: Mapping[str, Any], vision_tower: str | Path | None, *, 
         return resolve_model(name, parts="model" if weights else "processor", allow_pickle=allow_pickle)
     except CheckpointError as error:
         raise CheckpointError(f"the model's vision tower is not in its own folder: {error}; --vision-tower names a folder") from error
-
-
-def _open(folder: Path, *, allow_pickle: bool) -> TensorFolder:
-    is_pickle = allow_pickle and not SAFETENSORS.is_in(folder) and PICKLE.is_in(folder)
-    return TensorFolder(folder, PICKLE if is_pickle else SAFETENSORS)
 
 
 def _layout(model: nn.Module) -> Layout:

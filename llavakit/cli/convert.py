@@ -19,6 +19,7 @@ def convert(
     *,
     to: Literal["hf", "original", "text"] = "hf",
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    base: str | None = None,
     vision_tower: str | None = None,
     max_shard_size: str = "5GB",
     revision: str | None = None,
@@ -37,6 +38,8 @@ def convert(
         hf is the Hugging Face layout, original is LLaVA's own, text is the language model of a LLaVA alone.
     dtype
         Of the new weights; auto keeps the files', bit for bit.
+    base
+        Folder or hub id of the model that an adapter, a delta or a projector belongs to.
     vision_tower
         Folder or hub id of an original LLaVA's tower, in place of the one that its config names.
     max_shard_size
@@ -51,6 +54,7 @@ def convert(
     from llavakit.checkpoint.convert import Conversion
     from llavakit.checkpoint.convert import convert as convert_folder
     from llavakit.checkpoint.hf import parse_size
+    from llavakit.checkpoint.parts import Sources
     from llavakit.checkpoint.placement import choose_dtype
     from llavakit.storage.hub import resolve_model
 
@@ -58,9 +62,8 @@ def convert(
     how = Conversion(
         to=to,
         dtype=choose_dtype(dtype),
-        vision_tower=vision_tower,
+        sources=Sources(base=base, vision_tower=vision_tower, allow_pickle=allow_pickle),
         max_shard_bytes=parse_size("max_shard_size", max_shard_size),
-        allow_pickle=allow_pickle,
         is_dry=dry_run,
     )
     folder = resolve_model(source, revision=revision, allow_pickle=allow_pickle)

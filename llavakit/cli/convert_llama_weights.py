@@ -43,6 +43,7 @@ def convert_llama_weights(
     """
     from llavakit.checkpoint.convert import Conversion, convert
     from llavakit.checkpoint.hf import parse_size
+    from llavakit.checkpoint.parts import Sources
     from llavakit.checkpoint.placement import choose_dtype
     from llavakit.processing.tokenizer.load import load_tokenizer
 
@@ -56,7 +57,7 @@ def convert_llama_weights(
             tokenizer=_tokenizer_folder(source, input_dir, source.parent),
             dtype=choose_dtype(dtype),
             max_shard_bytes=max_shard_bytes,
-            allow_pickle=True,  # Meta gives out nothing else, and only tensors are read
+            sources=Sources(allow_pickle=True),  # Meta gives out nothing else, and only tensors are read
         )
         with show_progress() as progress:
             convert(source, output_dir, how, progress)

@@ -38,6 +38,8 @@ class ModelOptions:
     """How pictures become square; auto does what the checkpoint's files say."""
     template: str | None = None
     """Chat template to use instead of the checkpoint's; `llava lint` shows what it makes of a prompt."""
+    base: str | None = None
+    """Folder or hub id of the model that an adapter, a delta or a projector belongs to."""
     vision_tower: str | None = None
     """Folder or hub id of the tower of an original LLaVA, in place of the one that its config names."""
     allow_pickle: bool = False
@@ -56,6 +58,7 @@ class ModelOptions:
             device=self.device,
             preprocess=self.preprocess,
             template=self.template,
+            base=self.base,
             vision_tower=self.vision_tower,
             revision=self.revision,
             allow_pickle=self.allow_pickle,

@@ -14,6 +14,7 @@ import torch
 
 from llavakit.checkpoint.generation import load_generation
 from llavakit.checkpoint.load import load_config, load_core, load_processor
+from llavakit.checkpoint.parts import Sources
 from llavakit.checkpoint.placement import choose_device, choose_dtype
 from llavakit.engine.loop import run_requests
 from llavakit.engine.request import Request, Terms, TokenEvent
@@ -58,23 +59,25 @@ class LLM:
         max_batch: int = 32,
         preprocess: Literal["auto", "crop", "pad"] = "auto",
         template: str | None = None,
+        base: str | Path | None = None,
         vision_tower: str | Path | None = None,
         revision: str | None = None,
         allow_pickle: bool = False,
     ) -> Self:
         """Load a folder or hub id; without one the embedded miniature.
 
-        template is the name of one of ours in place of the files' own; vision_tower a folder or hub id, for a LLaVA of the original
-        layout that does not hold its tower. auto picks CUDA where there is one, the files' dtype (bfloat16 for float16 files on a CPU,
-        which is slow in float16), and the files' preprocessing, saying where that is not what the weights were trained with.
-        Raises: CheckpointError, ConfigError.
+        template is the name of one of ours in place of the files' own. base is the folder or hub id that an adapter, a delta or a
+        projector belongs to, vision_tower that of the tower of an original LLaVA that does not hold its own. auto picks CUDA where
+        there is one, the files' dtype (bfloat16 for float16 files on a CPU, which is slow in float16), and the files' preprocessing,
+        saying where that is not what the weights were trained with. Raises: CheckpointError, ConfigError.
         """
         chosen_dtype, chosen_device = choose_dtype(dtype), choose_device(device)
         named = None if template is None else find_template(template)
         folder = resolve_model(model, revision=revision, allow_pickle=allow_pickle)
-        config = load_config(folder, vision_tower=vision_tower)
-        processor = _chosen(load_processor(folder, config, named), preprocess)
-        core = load_core(folder, config, dtype=chosen_dtype, device=chosen_device, vision_tower=vision_tower, allow_pickle=allow_pickle)
+        sources = Sources(base=base, vision_tower=vision_tower, allow_pickle=allow_pickle)
+        config = load_config(folder, sources)
+        processor = _chosen(load_processor(folder, config, named, sources), preprocess)
+        core = load_core(folder, config, dtype=chosen_dtype, device=chosen_device, sources=sources)
         if chosen_dtype is None and chosen_device.type == "cpu" and next(core.parameters()).dtype == torch.float16:
             _LOG.warning("running float16 weights in bfloat16 on this CPU; choose dtype float32 for more exact answers")
             core = core.to(torch.bfloat16)

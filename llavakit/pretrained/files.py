@@ -17,6 +17,7 @@ from llavakit.checkpoint.card import CardFacts, build_card, choose_licence
 from llavakit.checkpoint.generation import GenerationDefaults, load_generation
 from llavakit.checkpoint.hf import SideFiles, parse_size, save_folder
 from llavakit.checkpoint.load import load_config, load_weights
+from llavakit.checkpoint.parts import Sources
 from llavakit.checkpoint.placement import choose_device, choose_dtype
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.surgery import init_weights
@@ -62,6 +63,7 @@ class PretrainedFiles(nn.Module):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        base: str | Path | None = None,
         vision_tower: str | Path | None = None,
         allow_pickle: bool = False,
         low_cpu_mem_usage: bool = True,
@@ -70,8 +72,9 @@ class PretrainedFiles(nn.Module):
 
         dtype (or torch_dtype) is a torch dtype or its name; "auto", the default, keeps that of the files. device (or device_map) is
         one device; "auto" is CUDA where there is one, the default is the CPU. config replaces the folder's own. Memory always holds
-        the model and one tensor at most, so low_cpu_mem_usage cannot be switched off. The hub's arguments are resolve_model's. vision_tower
-        is a folder or hub id, for a LLaVA of the original layout that does not hold its tower.
+        the model and one tensor at most, so low_cpu_mem_usage cannot be switched off. The hub's arguments are resolve_model's. base and
+        vision_tower are folders or hub ids: what an adapter, a delta or a projector belongs to, and the tower of an original LLaVA that
+        does not hold its own.
         Raises: CheckpointError when it is another kind of model, incomplete or damaged; ConfigError for arguments.
         """
         if not low_cpu_mem_usage:
@@ -89,13 +92,14 @@ class PretrainedFiles(nn.Module):
             token=token,
             allow_pickle=allow_pickle,
         )
+        sources = Sources(base=base, vision_tower=vision_tower, allow_pickle=allow_pickle)
         if config is None:
-            config = load_config(folder, vision_tower=vision_tower)
+            config = load_config(folder, sources)
         if not isinstance(config, cls.config_class):
             raise CheckpointError(f"{folder} holds a {config.model_type} model, {cls.__name__} needs {cls.config_class.model_type}")
         with torch.device("meta"):
             built = cls(config)
-        load_weights(built, folder, dtype=chosen_dtype, device=chosen_device, vision_tower=vision_tower, allow_pickle=allow_pickle)
+        load_weights(built, folder, dtype=chosen_dtype, device=chosen_device, sources=sources)
         built.source = ModelSource(str(model), folder)
         built.generation = load_generation(folder)
         return built.eval()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -51,6 +51,10 @@ class PickleFile:
         with self.path.open("rb") as file:
             read_into(copy.reshape(-1).view(torch.uint8).numpy().data, self.path, file.fileno(), place)
         return copy
+
+    def in_file_order(self) -> Iterator[str]:
+        """Iterate over names in the order of their data."""
+        yield from sorted(self.specs, key=lambda name: self.specs[name].start)
 
     def close(self) -> None:
         """Let go of the mapping; reading afterwards is an error."""

@@ -200,6 +200,16 @@ def test_a_folder_of_original_llava_is_asked_and_converted(llava: Callable[..., 
     assert (again.returncode, "exists; choose another folder" in again.stderr) == (6, True)
 
 
+def test_a_base_is_named(llava: Callable[..., Done], tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    arguments = ("convert", str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    done = llava(*arguments)
+    assert (done.returncode, "--base" in done.stderr) == (3, True)
+    done = llava(*arguments, "--base", str(tmp_path / "nowhere"))
+    assert (done.returncode, "there is no folder" in done.stderr) == (3, True)
+
+
 def test_the_tokenizer_alone_is_converted(llava: Callable[..., Done], tmp_path: Path) -> None:
     MetaLlama().save(tmp_path / "meta")
     arguments = ("--input_dir", str(tmp_path / "meta"), "--model_size", "tokenizer_only", "--output_dir", str(tmp_path / "hf"))

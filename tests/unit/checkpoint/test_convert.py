@@ -12,6 +12,7 @@ from torch import Tensor
 from llavakit import LLM, Conversation, LlamaForCausalLM, LlavaLlamaForCausalLM, LlavaProcessor, SamplingParams
 from llavakit.checkpoint.convert import Conversion, convert
 from llavakit.checkpoint.load import load_config
+from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.processing.image import decode_image
 from llavakit.storage.tensors import TensorFolder
@@ -54,7 +55,7 @@ def test_original_folders_load_as_they_are(tmp_path: Path, kind: str) -> None:
 def test_every_layout_gives_the_same_answer(tmp_path: Path, kind: str, pickled: bool) -> None:
     original = make_original(tmp_path, kind, pickled=pickled)
     expected = answer(original.path, allow_pickle=pickled)
-    convert(original.path, tmp_path / "hf", Conversion(allow_pickle=pickled))
+    convert(original.path, tmp_path / "hf", Conversion(sources=Sources(allow_pickle=pickled)))
     assert answer(tmp_path / "hf") == expected
     convert(tmp_path / "hf", tmp_path / "back", Conversion(to="original"))
     assert answer(tmp_path / "back") == expected
@@ -170,7 +171,7 @@ def test_pickles_are_read_only_when_they_may_be(tmp_path: Path) -> None:
     made = make_original(tmp_path, "v1.6", pickled=True)
     with pytest.raises(CheckpointError, match="allow_pickle"):
         convert(made.path, tmp_path / "hf")
-    convert(made.path, tmp_path / "hf", Conversion(allow_pickle=True))
+    convert(made.path, tmp_path / "hf", Conversion(sources=Sources(allow_pickle=True)))
 
 
 def test_another_tower_may_be_named(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_another_tower_may_be_named(tmp_path: Path) -> None:
     edit(made.path, mm_vision_tower="openai/clip-vit-large-patch14-336")
     expected = dict(made.model.named_parameters())
     assert_same(dict(LlavaLlamaForCausalLM.from_pretrained(made.path, vision_tower=made.tower).named_parameters()), expected)
-    convert(made.path, tmp_path / "hf", Conversion(vision_tower=made.tower))
+    convert(made.path, tmp_path / "hf", Conversion(sources=Sources(vision_tower=made.tower)))
     assert answer(made.path, vision_tower=made.tower) == answer(tmp_path / "hf")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llavakit.checkpoint.load import load_config, load_core, load_processor, load_weights
+from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import LlamaDecoder
@@ -186,9 +187,9 @@ def test_config_errors_name_the_file(tmp_path: Path) -> None:
             load_config(tmp_path)
 
 
-def test_adapter_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").touch()
-    with pytest.raises(CheckpointError, match="PEFT adapter"):
+def test_an_adapter_needs_its_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="name it with --base"):
         load_config(tmp_path)
 
 
@@ -214,14 +215,14 @@ def test_pickle_weights_load_where_they_are_allowed(tmp_path: Path, dtype: torch
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"can run code .* set allow_pickle"):
         load_core(tmp_path)
-    assert_same(load_core(tmp_path, allow_pickle=True), weights)
+    assert_same(load_core(tmp_path, sources=Sources(allow_pickle=True)), weights)
 
 
 def test_safetensors_count_before_pickle(tmp_path: Path) -> None:
     weights = some_weights()
     write(tmp_path, weights, llava_config(VARIANTS[0]))
     torch.save({"other": torch.ones(1)}, tmp_path / "pytorch_model.bin")
-    assert_same(load_core(tmp_path, allow_pickle=True), weights)
+    assert_same(load_core(tmp_path, sources=Sources(allow_pickle=True)), weights)
 
 
 def test_pickle_weights_are_checked_like_others(tmp_path: Path) -> None:
@@ -229,11 +230,11 @@ def test_pickle_weights_are_checked_like_others(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(llava_config(VARIANTS[0]).to_json(), encoding="utf-8")
     torch.save({name: weight for name, weight in weights.items() if name != HEAD}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=f"missing {HEAD}"):
-        load_core(tmp_path, allow_pickle=True)
+        load_core(tmp_path, sources=Sources(allow_pickle=True))
     weights[EMBEDDING][0, 0] = float("nan")
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="holds NaN"):
-        load_core(tmp_path, allow_pickle=True)
+        load_core(tmp_path, sources=Sources(allow_pickle=True))
 
 
 @pytest.mark.parametrize(

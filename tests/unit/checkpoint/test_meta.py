@@ -12,6 +12,7 @@ from torch import Tensor
 from llavakit import LlamaForCausalLM, LlamaTokenizer
 from llavakit.checkpoint import convert as converting
 from llavakit.checkpoint.meta import MetaFolder
+from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError, StorageError
 from llavakit.storage.folder import manifest_problems
 from llavakit.storage.tensors import TensorFolder
@@ -34,7 +35,7 @@ MODELS = {
 
 def convert(source: Path, destination: Path, **options: Any) -> Path:
     progress = options.pop("progress", None)
-    converting.convert(source, destination, converting.Conversion(allow_pickle=True, **options), progress)
+    converting.convert(source, destination, converting.Conversion(sources=Sources(allow_pickle=True), **options), progress)
     return destination
 
 

@@ -1,0 +1,211 @@
+"""PEFT's LoRA adapters, merged into a model's weights as these are read.
+
+Owns: Adapter (what an adapter's folder adds to which weight) and Merged, the tensors of a part with an adapter in them.
+Invariants: every tensor of an adapter is used or the folder is refused, before a weight is read; products and sums are made in float32.
+Sources: peft's LoraConfig, get_delta_weight and DoRA's weight norm. Names: base_model.model.PATH.lora_A.weight, where PATH is the
+module's in the class that was trained, so the part's layout knows it.
+Legend: R rank  O rows out  I columns in
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llavakit.checkpoint.rules import Layout
+from llavakit.errors import CheckpointError
+from llavakit.storage.documents import read_json
+from llavakit.storage.pickle_tensors import PickleFile
+from llavakit.storage.tensors import OpenTensors, TensorFile, TensorSpec
+
+__all__ = ["ADAPTER_CONFIG", "Adapter", "Merged", "base_of_adapter"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"(?P<path>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.default)?(\.weight)?")
+_PLAIN = re.compile(r"(?P<path>.+?)(\.modules_to_save|\.base_layer)?(\.default)?\.(?P<kind>weight|bias)")
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_PAIRS = (("lora_A", "lora_B"), _EMBEDDING)
+_WHOLE = "whole"
+
+
+@dataclass(slots=True)
+class _Change:
+    """What an adapter does to one weight: names of its tensors by their kind."""
+
+    path: str
+    names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the adapter brings the weight itself."""
+        return _WHOLE in self.names
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """The kinds of the two factors of what it adds, if it adds something."""
+        return next((pair for pair in _PAIRS if all(kind in self.names for kind in pair)), None)
+
+
+class Adapter:
+    """An opened adapter's folder."""
+
+    def __init__(self, folder: Path, layout: Layout, *, allow_pickle: bool) -> None:
+        """Open it. Raises: CheckpointError for kinds of adapters other than LoRA, and tensors whose names are not understood."""
+        self.config = read_json(folder / ADAPTER_CONFIG)
+        _check_config(self.config)
+        self._file = _open(folder, allow_pickle=allow_pickle)
+        try:
+            self.changes = _changes(self._file, layout)
+        except CheckpointError:
+            self.close()
+            raise
+
+    def whole_spec(self, target: str) -> TensorSpec | None:
+        """Return the spec of a weight that the adapter brings itself."""
+        change = self.changes.get(target)
+        return None if change is None or not change.is_whole else self._file.specs[change.names[_WHOLE]]
+
+    def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """List the changes that fit no weight of the model."""
+        found = []
+        for target, change in self.changes.items():
+            shape = shapes.get(target)
+            if shape is None:
+                found.append(f"{change.path} is no module of the model")
+            elif (wanted := self._shape(change)) is not None and wanted != shape:
+                found.append(f"{change.path} is made for a weight {list(wanted)}, the model has {list(shape)}")
+        return found
+
+    def apply(self, target: str, weight: Tensor) -> Tensor:
+        """Return a weight with the adapter in it, in its own dtype."""
+        change = self.changes.get(target)
+        if change is None:
+            return weight
+        if change.is_whole:
+            weight = self._file.read(change.names[_WHOLE]).to(weight.dtype)
+        if change.pair is None:
+            return weight
+        product = self._product(change, change.pair)
+        if "lora_magnitude_vector" not in change.names:
+            return (weight.float() + product).to(weight.dtype)
+        magnitude_O = self._file.read(change.names["lora_magnitude_vector"]).float().flatten()
+        changed = weight.float() + product
+        factor_O: Tensor = magnitude_O / torch.linalg.norm(changed, dim=1)
+        return (factor_O.view(-1, 1) * changed).to(weight.dtype)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _product(self, change: _Change, pair: tuple[str, str]) -> Tensor:
+        a_RI, b_OR = (self._file.read(change.names[kind]).float() for kind in pair)
+        product = b_OR @ a_RI
+        return (product.T if pair == _EMBEDDING else product) * self._scale(change.path, a_RI.shape[0])
+
+    def _scale(self, path: str, rank: int) -> float:
+        alpha = _by_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha", 8))
+        return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    def _shape(self, change: _Change) -> tuple[int, ...] | None:
+        """Return the shape of the weight that the factors are made for."""
+        if change.pair is None:
+            return None
+        columns, rows = self._file.specs[change.names[change.pair[0]]].shape[1], self._file.specs[change.names[change.pair[1]]].shape[0]
+        return (columns, rows) if change.pair == _EMBEDDING else (rows, columns)
+
+
+class Merged:
+    """The tensors of a part, with an adapter merged into them."""
+
+    def __init__(self, tensors: Any, layout: Layout, adapter: Adapter) -> None:
+        self._tensors, self._layout, self._adapter = tensors, layout, adapter
+        self.specs: Mapping[str, TensorSpec] = {name: self._spec(name, spec) for name, spec in tensors.specs.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor, merged."""
+        tensor, target = self._tensors.read(name), self._layout.target(name)
+        return tensor if target is None else self._adapter.apply(target, tensor)
+
+    def in_file_order(self) -> Iterator[str]:
+        """Iterate over names in the order that disks like."""
+        return iter(self._tensors.in_file_order())
+
+    def close(self) -> None:
+        """Close the part's files; the adapter is closed by who opened it."""
+        self._tensors.close()
+
+    def _spec(self, name: str, spec: TensorSpec) -> TensorSpec:
+        target = self._layout.target(name)
+        whole = None if target is None else self._adapter.whole_spec(target)
+        return spec if whole is None else TensorSpec(spec.dtype, whole.shape, spec.start, spec.stop)
+
+
+def base_of_adapter(folder: Path) -> str:
+    """Return the model that an adapter says it was made for. Raises: CheckpointError."""
+    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{folder} does not say which model it adapts; name it with --base")
+    return name
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"the adapter is of the kind {kind!r}; LORA is read")
+    if config.get("fan_in_fan_out"):
+        raise CheckpointError("the adapter is made for transposed weights (fan_in_fan_out), which no Llama has")
+    for name in ("lora_alpha", "r"):
+        if isinstance(config.get(name), bool) or not isinstance(config.get(name, 8), int | float):
+            raise CheckpointError(f"{ADAPTER_CONFIG} has {name}={config[name]!r}; a number is needed")
+
+
+def _open(folder: Path, *, allow_pickle: bool) -> OpenTensors:
+    safe, pickled = (folder / name for name in _FILES)
+    if safe.is_file():
+        return TensorFile(safe)
+    if pickled.is_file() and allow_pickle:
+        return PickleFile(pickled)
+    hint = "only adapter_model.bin, a pickle file; where you trust its origin, set allow_pickle" if pickled.is_file() else "no weights"
+    raise CheckpointError(f"the adapter {folder} has {hint}")
+
+
+def _changes(file: OpenTensors, layout: Layout) -> dict[str, _Change]:
+    """Sort an adapter's tensors by the weight they change. Raises: CheckpointError listing what is not understood."""
+    changes: dict[str, _Change] = {}
+    problems = []
+    for name in file.specs:
+        key = name.removeprefix(_PREFIX)
+        match, is_whole = _KEY.fullmatch(key), False
+        if match is None:
+            match, is_whole = _PLAIN.fullmatch(key), True
+        target = None if match is None else layout.target(f"{match['path']}.{match['kind'] if is_whole else 'weight'}")
+        if match is None or target is None:
+            problems.append(name)
+            continue
+        change = changes.setdefault(target, _Change(match["path"]))
+        change.names[_WHOLE if is_whole else match["kind"]] = name
+    problems += [change.path for change in changes.values() if change.pair is None and set(change.names) != {_WHOLE}]
+    if problems:
+        raise CheckpointError(f"the adapter's tensors are not understood: {', '.join(problems[:10])}")
+    return changes
+
+
+def _by_pattern(patterns: object, path: str, default: Any) -> Any:
+    """Return the value of the first pattern that ends a module's path, as peft looks it up."""
+    if isinstance(patterns, Mapping):
+        for pattern, value in patterns.items():
+            try:
+                is_match = re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
+            except re.error as error:
+                raise CheckpointError(f"{ADAPTER_CONFIG} has the pattern {pattern!r}, which is none: {error}") from error
+            if is_match:
+                return value
+    return default
