@@ -174,19 +174,12 @@ def _new_config(opened: _Opened, to: Output) -> LlamaConfig | LlavaConfig:
             _LOG.warning("transformers knows only projectors of two layers, not %s; llavakit reads this folder", config.mm_projector_type)
         assert isinstance(opened.processor, LlavaProcessor)
         rows = config.text_config.vocab_size
-        if (needed := _num_tokens(opened.processor, config)) > rows:
+        if config.pad_token_id is None:
+            values["pad_token_id"] = opened.processor.tokenizer.pad_token_id
+        if (needed := len(opened.processor.tokenizer)) > rows:
             values[_OLD_ROWS] = rows
             rows = needed + -needed % _MULTIPLE
     return _with_rows(type(config), values, rows)
-
-
-def _num_tokens(processor: LlavaProcessor, config: LlavaConfig) -> int:
-    """Count the tokens that need a row: all, with a pad token where the checkpoint has none."""
-    tokenizer = processor.tokenizer
-    if tokenizer.pad_token_id is None:
-        tokenizer.add_special_tokens({"pad_token": "<pad>"})  # type: ignore[attr-defined]
-        config.pad_token_id = tokenizer.pad_token_id
-    return len(tokenizer)
 
 
 def _with_rows(kind: type[LlavaConfig], values: dict[str, Any], rows: int) -> LlavaConfig:

@@ -57,7 +57,8 @@ def read_original_config(values: Mapping[str, Any], vision_tower: str | Path | N
 def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate | None, *, tokenizer: Path) -> LlavaProcessor:
     """Build the processor of an original folder, and give config the id of its <image> token, which comes after the tokenizer's.
 
-    That id may lie beyond the embedding: no prompt looks it up. Raises: CheckpointError.
+    That id may lie beyond the embedding: no prompt looks it up. So may that of <pad>, which is added where there is no pad token.
+    Raises: CheckpointError.
     """
     stated = config.to_dict()
     if stated.get("mm_use_im_start_end"):
@@ -67,6 +68,8 @@ def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate
     index = words.find_token(IMAGE_TOKEN)
     assert index is not None, "it was just added"
     config.image_token_index = index
+    if words.pad_token_id is None:
+        words.add_special_tokens({"pad_token": "<pad>"})
     vision = config.vision_config
     return LlavaProcessor(
         tokenizer=words,

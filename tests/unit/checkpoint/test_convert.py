@@ -102,6 +102,19 @@ def test_new_rows_are_the_mean_and_old_ones_keep_their_bits(tmp_path: Path) -> N
     assert (config["image_token_index"], config["original_vocab_size"]) == (NUM_PIECES, NUM_PIECES)
 
 
+def test_a_pad_token_is_added_where_there_is_none(tmp_path: Path) -> None:
+    original = make_original(tmp_path, "v1.6")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = original.path / name
+        values = {key: value for key, value in json.loads(path.read_text()).items() if key != "pad_token"}
+        path.write_text(json.dumps(values))
+    edit(original.path, pad_token_id=None)
+    convert(original.path, tmp_path / "hf")
+    processor, config = LlavaProcessor.from_pretrained(tmp_path / "hf"), load_config(tmp_path / "hf")
+    assert (processor.tokenizer.pad_token_id, config.pad_token_id) == (NUM_PIECES + 1, NUM_PIECES + 1)
+    assert answer(original.path) == answer(tmp_path / "hf")
+
+
 def test_what_the_weights_were_trained_with_is_written(tmp_path: Path) -> None:
     convert(make_original(tmp_path, "v1.5").path, tmp_path / "hf")
     processor = LlavaProcessor.from_pretrained(tmp_path / "hf")
