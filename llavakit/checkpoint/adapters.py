@@ -22,7 +22,7 @@ from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError
 from llavakit.storage.documents import read_json
 from llavakit.storage.pickle_tensors import PickleFile
-from llavakit.storage.tensors import OpenTensors, TensorFile, TensorSpec
+from llavakit.storage.tensors import OpenTensors, TensorFile, TensorSource, TensorSpec
 
 __all__ = ["ADAPTER_CONFIG", "Adapter", "Merged", "base_of_adapter"]
 
@@ -125,7 +125,7 @@ class Adapter:
 class Merged:
     """The tensors of a part, with an adapter merged into them."""
 
-    def __init__(self, tensors: Any, layout: Layout, adapter: Adapter) -> None:
+    def __init__(self, tensors: TensorSource, layout: Layout, adapter: Adapter) -> None:
         self._tensors, self._layout, self._adapter = tensors, layout, adapter
         self.specs: Mapping[str, TensorSpec] = {name: self._spec(name, spec) for name, spec in tensors.specs.items()}
 
@@ -136,11 +136,7 @@ class Merged:
 
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order that disks like."""
-        return iter(self._tensors.in_file_order())
-
-    def close(self) -> None:
-        """Close the part's files; the adapter is closed by who opened it."""
-        self._tensors.close()
+        return self._tensors.in_file_order()
 
     def _spec(self, name: str, spec: TensorSpec) -> TensorSpec:
         target = self._layout.target(name)

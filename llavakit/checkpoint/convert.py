@@ -18,16 +18,16 @@ from torch import Tensor
 
 from llavakit.checkpoint.hf import MAX_SHARD_BYTES, SideFiles, write_checkpoint
 from llavakit.checkpoint.layouts import LLAMA
-from llavakit.checkpoint.load import build_core, load_config, load_processor, processor_folder, read_weight
+from llavakit.checkpoint.load import build_core, load_config, load_processor, plan_parts, processor_folder, read_weight
 from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
 from llavakit.checkpoint.original import write_original
 from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_parts
-from llavakit.checkpoint.rules import plan_load
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.logs import logger
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
+from llavakit.model.surgery import resized_rows
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
@@ -147,10 +147,7 @@ def _check_rows(words: Tokenizer, config: LlamaConfig) -> None:
 
 def _plan(opened: _Opened, how: Conversion) -> _Plan:
     """Decide on names and shapes alone. Raises: CheckpointError, ConfigError."""
-    old = build_core(opened.config)
-    tied = {name for name, _ in old.named_parameters(remove_duplicate=False)} - {name for name, _ in old.named_parameters()}
-    targets = {name: tuple(weight.shape) for name, weight in old.named_parameters(remove_duplicate=False)}
-    plan = plan_load([(part.layout, part.shapes) for part in opened.parts], targets, tied=dict.fromkeys(tied, ""))
+    plan = plan_parts(build_core(opened.config), opened.parts)
     found = {target: (opened.parts[number], name) for (number, name), target in plan.items()}
     core = build_core(_new_config(opened, how.to))
     prefix = _TEXT if how.to == "text" else ""
@@ -197,16 +194,8 @@ def _read(plan: _Plan, dtype: torch.dtype | None, progress: Callable[[int, int],
         tensor = read_weight(part.tensors, source, dtype)
         if tuple(tensor.shape) != shapes[name]:
             assert name.endswith(_EMBEDDINGS), "only the vocabulary changes its size"
-            tensor = _resized(tensor, shapes[name][0])
+            tensor = resized_rows(tensor, shapes[name][0])
         yield name, tensor
         done += part.tensors.specs[source].num_bytes
         if progress is not None:
             progress(done, total)
-
-
-def _resized(table_VD: Tensor, rows: int) -> Tensor:
-    """Cut rows off, or add rows that are the mean of the others."""
-    if rows <= table_VD.shape[0]:
-        return table_VD[:rows].clone()
-    mean_1D = table_VD.float().mean(0, keepdim=True).to(table_VD.dtype)
-    return torch.cat((table_VD, mean_1D.expand(rows - table_VD.shape[0], -1)))

@@ -7,12 +7,11 @@ Source: llava/model/apply_delta.py. Rows that the base's vocabulary lacks are wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import Tensor
 
 from llavakit.errors import CheckpointError
-from llavakit.storage.tensors import TensorSpec
+from llavakit.storage.tensors import TensorSource, TensorSpec
 
 __all__ = ["Summed"]
 
@@ -24,7 +23,7 @@ _CONSTANT = ".rotary_emb.inv_freq"
 class Summed:
     """Each tensor of a delta plus the base's of the same name."""
 
-    def __init__(self, delta: Any, base: Any) -> None:
+    def __init__(self, delta: TensorSource, base: TensorSource) -> None:
         """Take both, open. Raises: CheckpointError where they do not belong together."""
         self._delta, self._base = delta, base
         self.specs: Mapping[str, TensorSpec] = delta.specs
@@ -36,7 +35,7 @@ class Summed:
 
     def read(self, name: str) -> Tensor:
         """Read one tensor, the base's added."""
-        delta: Tensor = self._delta.read(name)
+        delta = self._delta.read(name)
         if name.startswith(_WHOLE) or name.endswith(_CONSTANT):
             return delta
         base = self._base.read(name)
@@ -46,12 +45,7 @@ class Summed:
 
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order that disks like."""
-        return iter(self._delta.in_file_order())
-
-    def close(self) -> None:
-        """Close both."""
-        self._delta.close()
-        self._base.close()
+        return self._delta.in_file_order()
 
     def _fits(self, name: str, others: Mapping[str, TensorSpec]) -> bool:
         if name.endswith(_CONSTANT):

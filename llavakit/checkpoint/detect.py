@@ -14,7 +14,7 @@ from llavakit.errors import CheckpointError
 from llavakit.logs import logger
 from llavakit.model.config import DECODERS
 
-__all__ = ["Kind", "detect_kind", "foreign_kind"]
+__all__ = ["Kind", "detect_kind", "foreign_kind", "kind_of_config"]
 
 _LOG = logger("checkpoint")
 
@@ -28,9 +28,14 @@ class Kind(StrEnum):
 
 
 def detect_kind(values: Mapping[str, Any]) -> Kind:
-    """Decide by the keys of config.json. Raises: CheckpointError naming what it is instead."""
+    """Decide as kind_of_config, and say where the file names code. Raises: CheckpointError."""
     if "auto_map" in values:
         _LOG.warning("config.json names code in the checkpoint (auto_map); code of checkpoints is never run")
+    return kind_of_config(values)
+
+
+def kind_of_config(values: Mapping[str, Any]) -> Kind:
+    """Decide by the keys of config.json. Raises: CheckpointError naming what it is instead."""
     if values.get("quantization_config") is not None:
         raise CheckpointError(f"the weights are quantised ({_method(values['quantization_config'])}); only float weights are read")
     match values.get("model_type"):

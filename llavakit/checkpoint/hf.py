@@ -7,7 +7,6 @@ every version's spelling; what an earlier file said of it is forgotten.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from llavakit.checkpoint.card import copy_licences
 from llavakit.checkpoint.generation import GENERATION_NAME
+from llavakit.checkpoint.placement import common_dtype_name
 from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import LlamaDecoder, TokenEmbedding
@@ -123,7 +123,7 @@ def _architecture(model: _Model) -> str:
 
 
 def _config_values(config: LlamaConfig | LlavaConfig, architecture: str, dtypes: list[torch.dtype]) -> dict[str, Any]:
-    dtype = str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
+    dtype = common_dtype_name(dtypes)
     return {**_without_dtypes(config.to_dict()), "architectures": [architecture], **dict.fromkeys(_DTYPE_KEYS, dtype)}
 
 

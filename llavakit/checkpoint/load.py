@@ -8,6 +8,7 @@ one tensor; NaN and infinite weights are refused, also those that the target dty
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from llavakit.checkpoint.detect import Kind, detect_kind, foreign_kind
 from llavakit.checkpoint.original import original_processor, read_original_config
-from llavakit.checkpoint.parts import Sources, TensorSource, is_adapter, kind_of_folder, open_parts
+from llavakit.checkpoint.parts import Part, Sources, is_adapter, kind_of_folder, open_parts
 from llavakit.checkpoint.rules import plan_load
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.geometry import num_image_tokens
@@ -26,11 +27,12 @@ from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.chat import ChatTemplate
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.text import TextProcessor
+from llavakit.processing.tokenizer.load import has_tokenizer
 from llavakit.storage.documents import read_json
+from llavakit.storage.tensors import TensorSource
 
-__all__ = ["build_core", "load_config", "load_core", "load_processor", "load_weights", "processor_folder", "read_weight"]
+__all__ = ["build_core", "load_config", "load_core", "load_processor", "load_weights", "plan_parts", "processor_folder", "read_weight"]
 
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -104,9 +106,8 @@ def load_processor(
 def processor_folder(folder: Path, sources: Sources, *, has_pictures: bool = False) -> Path:
     """Return where a model's tokenizer, and its image processor, lie: in its folder, or in that of its base. Raises: CheckpointError."""
     is_whole = sources.base is None and not is_adapter(folder)
-    needed = (_TOKENIZER_FILES, _IMAGE_FILES) if has_pictures else (_TOKENIZER_FILES,)
-    has_all = all(any((folder / name).is_file() for name in names) for names in needed)
-    return folder if is_whole or has_all else sources.base_folder(folder)
+    has_images = not has_pictures or any((folder / name).is_file() for name in _IMAGE_FILES)
+    return folder if is_whole or (has_tokenizer(folder) and has_images) else sources.base_folder(folder)
 
 
 def load_weights(
@@ -122,9 +123,8 @@ def load_weights(
     Raises: CheckpointError, before anything is filled where names or shapes are wrong.
     """
     tied = _tied_names(model)
-    targets = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
     with open_parts(folder, model, sources) as parts:
-        plan = plan_load([(part.layout, part.shapes) for part in parts], targets, tied=tied)
+        plan = plan_parts(model, parts)
         for number, part in enumerate(parts):
             for source in part.tensors.in_file_order():
                 target = plan.get((number, source))
@@ -135,6 +135,12 @@ def load_weights(
                 _check_tied(model, source, read_weight(parts[number].tensors, source, dtype), tied[target])
     for name, owner in tied.items():
         _set(model, name, model.get_parameter(owner))
+
+
+def plan_parts(model: nn.Module, parts: Sequence[Part]) -> dict[tuple[int, str], str]:
+    """Return (part, name in it) -> parameter of everything that a model reads. Raises: CheckpointError, as plan_load."""
+    targets = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
+    return plan_load([(part.layout, part.shapes) for part in parts], targets, tied=_tied_names(model))
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:

@@ -6,7 +6,6 @@ Sources: llava/model/builder.py, clip_encoder.py and mm_utils.py of LLaVA and LL
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from llavakit.checkpoint.card import copy_licences
 from llavakit.checkpoint.generation import GENERATION_NAME
 from llavakit.checkpoint.layouts import original_layout
 from llavakit.checkpoint.parts import tower_folder
+from llavakit.checkpoint.placement import common_dtype_name
 from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.llava import LlamaCore, LlavaCore
@@ -35,7 +35,7 @@ from llavakit.storage.tensors import write_tensors
 
 __all__ = ["original_processor", "read_original_config", "write_original"]
 
-IMAGE_TOKEN = "<image>"
+_IMAGE_TOKEN = "<image>"
 _HALF = (0.5, 0.5, 0.5)
 _ASPECTS: Mapping[str, Aspect] = {"pad": "pad", "anyres": "anyres", "square": "crop", "": "crop"}
 
@@ -64,8 +64,8 @@ def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate
     if stated.get("mm_use_im_start_end"):
         raise CheckpointError(f"{folder} puts <im_start> and <im_end> around pictures (mm_use_im_start_end), which is not supported")
     words = load_tokenizer(tokenizer)
-    words.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    index = words.find_token(IMAGE_TOKEN)
+    words.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]})
+    index = words.find_token(_IMAGE_TOKEN)
     assert index is not None, "it was just added"
     config.image_token_index = index
     if words.pad_token_id is None:
@@ -126,7 +126,11 @@ def write_original(
     names = {name: _file_name(layout, name) for name, _ in model.named_parameters()}
     specs = {names[name]: (dtypes[name], tuple(weight.shape)) for name, weight in model.named_parameters()}
     tokenizer = _tokenizer_without(processor, model.config.text_config.vocab_size)
-    values = {**_config_values(model.config, processor), "pad_token_id": tokenizer.pad_token_id, "torch_dtype": _dtype_name(dtypes)}
+    values = {
+        **_config_values(model.config, processor),
+        "pad_token_id": tokenizer.pad_token_id,
+        "torch_dtype": common_dtype_name(dtypes.values()),
+    }
     write_json(folder / "config.json", values)
     write_tensors(folder, specs, ((names[name], tensor) for name, tensor in tensors), max_shard_bytes=max_shard_bytes)
     tokenizer.save_pretrained(folder)
@@ -148,10 +152,6 @@ def _config_values(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, 
     is_padded = images.aspect == "pad" or processor.preprocessing_note is not None
     values.setdefault("image_aspect_ratio", "pad" if is_padded else None)
     return {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")} | {"unfreeze_mm_vision_tower": True}
-
-
-def _dtype_name(dtypes: Mapping[str, torch.dtype]) -> str:
-    return str(functools.reduce(torch.promote_types, dtypes.values())).removeprefix("torch.")
 
 
 def _tokenizer_without(processor: LlavaProcessor, num_rows: int) -> LlamaTokenizer | LlamaTokenizerFast:

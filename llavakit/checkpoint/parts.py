@@ -1,6 +1,6 @@
 """The tensors of a checkpoint of any layout, opened part by part.
 
-Owns: TensorSource, Part, Sources and open_parts: which files a model's weights lie in, and by which names. A LLaVA of the original
+Owns: Part, Sources and open_parts: which files a model's weights lie in, and by which names. A LLaVA of the original
 layout may leave its tower where it was published; adapters, deltas and projectors build on another folder.
 """
 
@@ -10,13 +10,13 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from llavakit.checkpoint.adapters import ADAPTER_CONFIG, Adapter, Merged, base_of_adapter
 from llavakit.checkpoint.deltas import Summed
-from llavakit.checkpoint.detect import Kind, detect_kind
+from llavakit.checkpoint.detect import Kind, kind_of_config
 from llavakit.checkpoint.layouts import LANGUAGE_MODEL, LLAMA, LLAMA_DECODER, LLAVA_HF, TOWER, original_layout
 from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError
@@ -25,28 +25,11 @@ from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.storage.documents import read_optional_json
 from llavakit.storage.hub import resolve_model
 from llavakit.storage.pickle_tensors import PICKLE, PickleFile
-from llavakit.storage.tensors import SAFETENSORS, TensorFolder, TensorSpec
+from llavakit.storage.tensors import SAFETENSORS, TensorFolder, TensorSource, TensorSpec, sorted_by_place
 
-__all__ = ["Part", "Sources", "TensorSource", "is_adapter", "kind_of_folder", "open_parts", "tower_folder"]
+__all__ = ["Part", "Sources", "is_adapter", "kind_of_folder", "open_parts", "tower_folder"]
 
 _PROJECTOR_FILE, _BESIDE_LORA = "mm_projector.bin", "non_lora_trainables.bin"
-
-
-class TensorSource(Protocol):
-    """Named tensors that can be read one by one."""
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Name -> dtype, shape and place."""
-
-    def read(self, name: str) -> Tensor:
-        """Read one tensor in its stored dtype."""
-
-    def in_file_order(self) -> Iterator[str]:
-        """Iterate over names in the order that disks like."""
-
-    def close(self) -> None:
-        """Close the files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +72,7 @@ def is_adapter(folder: Path) -> bool:
 def kind_of_folder(folder: Path) -> Kind | None:
     """Decide by a folder's config.json; None where there is none. Raises: CheckpointError."""
     values = read_optional_json(folder / "config.json")
-    return detect_kind(values) if values else None
+    return kind_of_config(values) if values else None
 
 
 @contextlib.contextmanager
@@ -143,7 +126,7 @@ class _Opening:
         for path in found:
             file = PickleFile(path)
             self.files.callback(file.close)
-            parts.append(Part(View(file, {_plain_name(name, file.specs): name for name in file.specs}), layout))
+            parts.append(Part(_View(file, _plain_names(file.specs)), layout))
         return parts
 
     def _merged(self, parts: list[Part], folder: Path, layout: Layout) -> list[Part]:
@@ -164,7 +147,7 @@ class _Opening:
         return self.files.enter_context(TensorFolder(folder, PICKLE if is_pickle else SAFETENSORS))
 
 
-class View:
+class _View:
     """Some tensors of a source, under other names."""
 
     def __init__(self, tensors: TensorSource, names: Mapping[str, str]) -> None:
@@ -178,11 +161,7 @@ class View:
 
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order that disks like."""
-        yield from sorted(self._names, key=lambda name: self.specs[name].start)
-
-    def close(self) -> None:
-        """Close the source."""
-        self._tensors.close()
+        return iter(sorted_by_place(self.specs))
 
 
 def _shapes_by_target(parts: Sequence[Part]) -> dict[str, tuple[int, ...]]:
@@ -196,14 +175,14 @@ def _without_doubles(parts: list[Part]) -> list[Part]:
     base, *others = parts
     trained = _shapes_by_target(others)
     kept = {name: name for name in base.tensors.specs if base.layout.target(name) not in trained}
-    return [Part(View(base.tensors, kept), base.layout), *others]
+    return [Part(_View(base.tensors, kept), base.layout), *others]
 
 
-def _plain_name(name: str, names: Collection[str]) -> str:
-    """Return the name that a tensor of LLaVA's trainings has in a whole model, by the rule of its builder."""
-    shown = {other: other.removeprefix("base_model.") for other in names}
-    is_nested = any(other.startswith("model.model.") for other in shown.values())
-    return shown[name].removeprefix("model.") if is_nested else shown[name]
+def _plain_names(names: Collection[str]) -> dict[str, str]:
+    """Return tensors of LLaVA's trainings by the name that each has in a whole model, by the rule of its builder."""
+    shown = {name.removeprefix("base_model."): name for name in names}
+    is_nested = any(name.startswith("model.model.") for name in shown)
+    return {name.removeprefix("model.") if is_nested else name: stored for name, stored in shown.items()}
 
 
 def _has_weights(folder: Path) -> bool:

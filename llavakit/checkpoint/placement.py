@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import torch
 
 from llavakit.errors import ConfigError
 
-__all__ = ["choose_device", "choose_dtype"]
+__all__ = ["choose_device", "choose_dtype", "common_dtype_name"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -19,6 +22,11 @@ def choose_dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
     if chosen not in _DTYPES.values():
         raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)} or auto, got {asked!r}")
     return chosen
+
+
+def common_dtype_name(dtypes: Iterable[torch.dtype]) -> str:
+    """Return the name of the narrowest dtype that holds all of them, as config.json states it."""
+    return str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
 
 
 def choose_device(asked: torch.device | str) -> torch.device:

@@ -15,7 +15,6 @@ from llavakit.logs import show_logs
 __all__ = ["convert_llama_weights"]
 
 _TOKENIZER_ONLY = "tokenizer_only"
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
 def convert_llama_weights(
@@ -74,7 +73,9 @@ def _source(input_dir: Path, model_size: str | None) -> Path:
 
 
 def _tokenizer_folder(*places: Path) -> Path:
-    for place in places:
-        if any((place / name).is_file() for name in _TOKENIZER_FILES):
-            return place
-    raise CheckpointError(f"there is no tokenizer.model in {' or '.join(dict.fromkeys(map(str, places)))}; put it there")
+    from llavakit.processing.tokenizer.load import has_tokenizer
+
+    found = next(filter(has_tokenizer, places), None)
+    if found is None:
+        raise CheckpointError(f"there is no tokenizer.model in {' or '.join(dict.fromkeys(map(str, places)))}; put it there")
+    return found

@@ -8,11 +8,12 @@ import sys
 from collections import Counter
 from typing import Any
 
-from llavakit.checkpoint.detect import Kind, detect_kind
+from llavakit.checkpoint.detect import Kind, kind_of_config
 from llavakit.checkpoint.load import load_config, load_processor
 from llavakit.geometry import num_image_tokens
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.tokenizer.load import has_tokenizer
 from llavakit.storage.documents import read_json
 from llavakit.storage.folder import read_manifest
 from llavakit.storage.hub import resolve_model
@@ -43,7 +44,7 @@ def inspect(path: str, *, revision: str | None = None, json: bool = False) -> No
         parts[_part(name)] += math.prod(spec.shape)
     facts: dict[str, Any] = {
         "folder": str(folder),
-        "kind": f"{config.model_type} ({_LAYOUTS[detect_kind(read_json(folder / 'config.json'))]})",
+        "kind": f"{config.model_type} ({_LAYOUTS[kind_of_config(read_json(folder / 'config.json'))]})",
         "tensors": len(specs),
         "parameters": sum(parts.values()),
         "parts": dict(parts),
@@ -56,7 +57,7 @@ def inspect(path: str, *, revision: str | None = None, json: bool = False) -> No
         f"{text.num_hidden_layers} layers, width {text.hidden_size}, {text.num_attention_heads} heads over {text.num_kv_heads}, "
         f"vocabulary {text.vocab_size}, context {text.max_position_embeddings}"
     )
-    if isinstance(config, LlavaConfig) or any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    if isinstance(config, LlavaConfig) or has_tokenizer(folder):
         processor = load_processor(folder, config)
         if isinstance(config, LlavaConfig) and isinstance(processor, LlavaProcessor):
             facts |= _vision_facts(config, processor)

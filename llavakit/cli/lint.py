@@ -12,6 +12,7 @@ from llavakit.checkpoint.load import load_config, load_processor
 from llavakit.cli.options import printable, read_image
 from llavakit.engine.llm import MINIATURE
 from llavakit.errors import CheckpointError, PromptError
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.chat import ChatTemplate, find_template
 from llavakit.processing.deviations import Deviation, PromptCheck, preprocessing_deviations
 from llavakit.processing.image import image_size
@@ -19,7 +20,7 @@ from llavakit.processing.own_template import template_of_text_checkpoint
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.segments import EncodedChat, Segment, encode_segments, segments_text
 from llavakit.processing.template_choice import TemplateChoice, template_of_checkpoint, trained_template
-from llavakit.processing.text import TextProcessor
+from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.documents import read_optional_json
 from llavakit.storage.hub import resolve_model
@@ -83,10 +84,13 @@ class _Subject:
 
 
 def _load(folder: Path, named: ChatTemplate | None) -> _Subject:
-    processor = load_processor(folder, load_config(folder), named)
-    if isinstance(processor, TextProcessor):
-        choice = template_of_text_checkpoint(folder, processor.tokenizer, named=named)
-        return _Subject(folder, choice, choice.template, processor.tokenizer, None)
+    config = load_config(folder)
+    if not isinstance(config, LlavaConfig):
+        tokenizer = load_tokenizer(folder)
+        choice = template_of_text_checkpoint(folder, tokenizer, named=named)
+        return _Subject(folder, choice, choice.template, tokenizer, None)
+    processor = load_processor(folder, config, named)
+    assert isinstance(processor, LlavaProcessor)
     choice = template_of_checkpoint(folder, named=named)
     return _Subject(folder, choice, _trained(folder, choice), processor.tokenizer, processor)
 

@@ -1,6 +1,7 @@
 """Changing a built model: fresh weights, and which of them train.
 
-Owns: init_weights, freeze and resize_vocabulary. Later fusing, quantising and LoRA join here; nothing else may touch a model's modules.
+Owns: init_weights, freeze, resize_vocabulary and resized_rows. Later fusing, quantising and LoRA join here; nothing else may touch a
+model's modules.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import TokenEmbedding
 
-__all__ = ["TrainableRow", "freeze", "init_weights", "resize_vocabulary"]
+__all__ = ["TrainableRow", "freeze", "init_weights", "resize_vocabulary", "resized_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,14 @@ def resize_vocabulary(embedding: TokenEmbedding, head: nn.Linear | None, config:
         embedding.fresh_rows = {row for row in embedding.fresh_rows if row < num_tokens} | set(range(num_old, num_tokens))
 
 
-def _with_rows(weight: Tensor, num_rows: int) -> nn.Parameter:
-    """Cut a matrix or extend it by copies of its mean row."""
-    rows = weight.detach()[:num_rows]
+def resized_rows(table_VD: Tensor, num_rows: int) -> Tensor:
+    """Cut a table, or extend it by copies of its mean row, into memory of its own."""
+    rows = table_VD[:num_rows]
     if num_rows > rows.shape[0]:
         mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
-        rows = torch.cat((rows, mean.expand(num_rows - rows.shape[0], -1)))
-    return nn.Parameter(rows.clone(), requires_grad=weight.requires_grad)
+        return torch.cat((rows, mean.expand(num_rows - rows.shape[0], -1)))
+    return rows.clone()
+
+
+def _with_rows(weight: Tensor, num_rows: int) -> nn.Parameter:
+    return nn.Parameter(resized_rows(weight.detach(), num_rows), requires_grad=weight.requires_grad)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llavakit.errors import CheckpointError
-from llavakit.storage.tensors import TensorSpec, WeightFormat, read_into
+from llavakit.storage.tensors import TensorSpec, WeightFormat, read_into, sorted_by_place
 
 __all__ = ["PICKLE", "PickleFile"]
 
@@ -54,7 +54,7 @@ class PickleFile:
 
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order of their data."""
-        yield from sorted(self.specs, key=lambda name: self.specs[name].start)
+        return iter(sorted_by_place(self.specs))
 
     def close(self) -> None:
         """Let go of the mapping; reading afterwards is an error."""

@@ -34,9 +34,11 @@ __all__ = [
     "OpenTensors",
     "TensorFile",
     "TensorFolder",
+    "TensorSource",
     "TensorSpec",
     "WeightFormat",
     "read_into",
+    "sorted_by_place",
     "write_tensors",
 ]
 
@@ -88,19 +90,33 @@ class TensorFile:
             read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, self.path, self._descriptor, spec.start)
         return tensor
 
+    def in_file_order(self) -> Iterator[str]:
+        """Iterate over names in the order of their data."""
+        return iter(sorted_by_place(self.specs))
+
     def close(self) -> None:
         """Close the file; reading afterwards is an error."""
         os.close(self._descriptor)
 
 
-class OpenTensors(Protocol):
-    """A file of named tensors that is open for reading."""
+class TensorSource(Protocol):
+    """Named tensors that can be read one by one."""
 
-    path: Path
-    specs: Mapping[str, TensorSpec]
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Name -> dtype, shape and place."""
 
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype into memory of its own."""
+
+    def in_file_order(self) -> Iterator[str]:
+        """Iterate over names in the order of their data: the order that disks like."""
+
+
+class OpenTensors(TensorSource, Protocol):
+    """A file of named tensors that is open for reading."""
+
+    path: Path
 
     def close(self) -> None:
         """Close the file."""
@@ -156,7 +172,7 @@ class TensorFolder:
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order of their data, file by file: the order that disks like."""
         for file in self.files.values():
-            yield from sorted(file.specs, key=lambda name: file.specs[name].start)
+            yield from file.in_file_order()
 
     def close(self) -> None:
         """Close all files."""
@@ -195,6 +211,11 @@ class TensorFolder:
         if problems:
             more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
             raise CheckpointError(f"{self._format.index_name} and the shards disagree: {'; '.join(problems[:_MAX_LISTED])}{more}")
+
+
+def sorted_by_place(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Return names in the order in which their data lie."""
+    return sorted(specs, key=lambda name: specs[name].start)
 
 
 def write_tensors(

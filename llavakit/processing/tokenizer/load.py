@@ -10,9 +10,14 @@ from llavakit.processing.tokenizer.fast import JSON_NAME, LlamaTokenizerFast
 from llavakit.processing.tokenizer.sentence_model import MODEL_NAME
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 
-__all__ = ["load_tokenizer"]
+__all__ = ["has_tokenizer", "load_tokenizer"]
 
 _LOG = logger("processing")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a file that load_tokenizer may use."""
+    return any((folder / name).is_file() for name in (MODEL_NAME, JSON_NAME))
 
 
 def load_tokenizer(folder: str | Path) -> LlamaTokenizer | LlamaTokenizerFast:
