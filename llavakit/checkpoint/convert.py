@@ -7,7 +7,6 @@ at all; without a change of dtype weights keep their bits. A vocabulary that gre
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,21 +15,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llavakit.checkpoint.hf import MAX_SHARD_BYTES, SideFiles, write_checkpoint
-from llavakit.checkpoint.layouts import LLAMA
-from llavakit.checkpoint.load import build_core, load_config, load_processor, plan_parts, processor_folder, read_weight
-from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
+from llavakit.checkpoint.hf import MAX_SHARD_BYTES, write_checkpoint
+from llavakit.checkpoint.load import build_core
+from llavakit.checkpoint.opening import Checkpoint, Weight, open_checkpoint
 from llavakit.checkpoint.original import write_original
-from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_parts
-from llavakit.errors import CheckpointError, ConfigError
+from llavakit.checkpoint.parts import Sources, is_adapter
+from llavakit.errors import ConfigError
 from llavakit.logs import logger
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import resized_rows
 from llavakit.processing.processor import LlavaProcessor
-from llavakit.processing.tokenizer.load import load_tokenizer
-from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.folder import atomic_folder
 
 __all__ = ["Conversion", "Output", "convert"]
@@ -62,27 +58,18 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
-    """A checkpoint of any layout."""
-
-    config: LlamaConfig | LlavaConfig
-    parts: tuple[Part, ...]
-    processor: SideFiles
-
-
-@dataclass(frozen=True, slots=True)
 class _Plan:
     """Where each new tensor comes from."""
 
     core: LlamaCore | LlavaCore
     """The new model, on the meta device."""
-    sources: Mapping[str, tuple[Part, str]]
+    sources: Mapping[str, Weight]
     """By new parameter, in the order of writing."""
     dtypes: Mapping[str, torch.dtype]
 
     def num_bytes(self) -> int:
         """Bytes of the source's tensors."""
-        return sum(part.tensors.specs[name].num_bytes for part, name in self.sources.values())
+        return sum(weight.spec.num_bytes for weight in self.sources.values())
 
 
 def convert(
@@ -93,7 +80,7 @@ def convert(
     progress is told the bytes that are done and those in all. Raises: CheckpointError, ConfigError; StorageError where the destination
     exists (an empty folder may).
     """
-    with _open(source, how) as opened:
+    with open_checkpoint(source, how.sources, tokenizer=how.tokenizer, text_only=how.to == "text") as opened:
         plan = _plan(opened, how)
         if how.is_dry:
             return list(plan.sources)
@@ -113,50 +100,16 @@ def convert(
     return list(plan.sources)
 
 
-@contextlib.contextmanager
-def _open(source: Path, how: Conversion) -> Iterator[_Opened]:
-    if is_meta_folder(source):
-        if not how.sources.allow_pickle:
-            raise CheckpointError(f"{source} holds pickle files; where you trust their origin, allow_pickle reads their tensors")
-        words = load_tokenizer(source if how.tokenizer is None else how.tokenizer)
-        with MetaFolder(source) as files:
-            files.config.bos_token_id, files.config.eos_token_id = words.bos_token_id, words.eos_token_id
-            _check_rows(words, files.config)
-            yield _Opened(files.config, (Part(files, LLAMA),), words)
-        return
-    config = load_config(source, how.sources)
-    processor = _side_files(source, config, how)
-    with open_parts(source, build_core(config), how.sources) as parts:
-        yield _Opened(config, parts, processor)
-
-
-def _side_files(source: Path, config: LlamaConfig | LlavaConfig, how: Conversion) -> SideFiles:
-    if isinstance(config, LlavaConfig) and how.to != "text":
-        processor = load_processor(source, config, sources=how.sources)
-        assert isinstance(processor, LlavaProcessor)
-        return processor
-    words = load_tokenizer(processor_folder(source, how.sources))
-    _check_rows(words, config.get_text_config())
-    return words
-
-
-def _check_rows(words: Tokenizer, config: LlamaConfig) -> None:
-    if len(words) > config.vocab_size:
-        raise CheckpointError(f"the tokenizer has {len(words)} tokens, the model has {config.vocab_size} rows; they do not belong together")
-
-
-def _plan(opened: _Opened, how: Conversion) -> _Plan:
+def _plan(opened: Checkpoint, how: Conversion) -> _Plan:
     """Decide on names and shapes alone. Raises: CheckpointError, ConfigError."""
-    plan = plan_parts(build_core(opened.config), opened.parts)
-    found = {target: (opened.parts[number], name) for (number, name), target in plan.items()}
     core = build_core(_new_config(opened, how.to))
     prefix = _TEXT if how.to == "text" else ""
-    sources = {name: found[prefix + name] for name, _ in core.named_parameters()}
-    dtypes = {name: part.tensors.specs[source].dtype if how.dtype is None else how.dtype for name, (part, source) in sources.items()}
+    sources = {name: opened.weights[prefix + name] for name, _ in core.named_parameters()}
+    dtypes = {name: weight.spec.dtype if how.dtype is None else how.dtype for name, weight in sources.items()}
     return _Plan(core, sources, dtypes)
 
 
-def _new_config(opened: _Opened, to: Output) -> LlamaConfig | LlavaConfig:
+def _new_config(opened: Checkpoint, to: Output) -> LlamaConfig | LlavaConfig:
     config = opened.config
     if not isinstance(config, LlavaConfig):
         if to != "hf":
@@ -190,12 +143,12 @@ def _read(plan: _Plan, dtype: torch.dtype | None, progress: Callable[[int, int],
     """Read the weights in the order of writing; rows are added to or cut from the vocabulary's tables."""
     shapes = {name: tuple(weight.shape) for name, weight in plan.core.named_parameters()}
     done, total = 0, plan.num_bytes()
-    for name, (part, source) in plan.sources.items():
-        tensor = read_weight(part.tensors, source, dtype)
+    for name, weight in plan.sources.items():
+        tensor = weight.read(dtype)
         if tuple(tensor.shape) != shapes[name]:
             assert name.endswith(_EMBEDDINGS), "only the vocabulary changes its size"
             tensor = resized_rows(tensor, shapes[name][0])
         yield name, tensor
-        done += part.tensors.specs[source].num_bytes
+        done += weight.spec.num_bytes
         if progress is not None:
             progress(done, total)

@@ -31,7 +31,17 @@ from llavakit.processing.tokenizer.load import has_tokenizer
 from llavakit.storage.documents import read_json
 from llavakit.storage.tensors import TensorSource
 
-__all__ = ["build_core", "load_config", "load_core", "load_processor", "load_weights", "plan_parts", "processor_folder", "read_weight"]
+__all__ = [
+    "build_core",
+    "load_config",
+    "load_core",
+    "load_processor",
+    "load_weights",
+    "plan_parts",
+    "processor_folder",
+    "read_weight",
+    "tied_names",
+]
 
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -122,7 +132,7 @@ def load_weights(
 
     Raises: CheckpointError, before anything is filled where names or shapes are wrong.
     """
-    tied = _tied_names(model)
+    tied = tied_names(model)
     with open_parts(folder, model, sources) as parts:
         plan = plan_parts(model, parts)
         for number, part in enumerate(parts):
@@ -140,10 +150,10 @@ def load_weights(
 def plan_parts(model: nn.Module, parts: Sequence[Part]) -> dict[tuple[int, str], str]:
     """Return (part, name in it) -> parameter of everything that a model reads. Raises: CheckpointError, as plan_load."""
     targets = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
-    return plan_load([(part.layout, part.shapes) for part in parts], targets, tied=_tied_names(model))
+    return plan_load([(part.layout, part.shapes) for part in parts], targets, tied=tied_names(model))
 
 
-def _tied_names(model: nn.Module) -> dict[str, str]:
+def tied_names(model: nn.Module) -> dict[str, str]:
     """Map each further name of a shared parameter to its first one."""
     first: dict[int, str] = {}
     tied = {}

@@ -1,6 +1,6 @@
 """Exit codes, and the one place where exceptions of a command end.
 
-Codes: 0 done, 2 usage, 3 checkpoint, 4 bad input, 5 capacity, 6 files or training, 70 a bug, 130 interrupted.
+Codes: 0 done, 1 what was compared differs, 2 usage, 3 checkpoint, 4 bad input, 5 capacity, 6 files or training, 70 a bug, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _CODES: tuple[tuple[type[LlavaError], int], ...] = (
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Run a command and turn what it raises into one line on stderr and an exit code."""
+    """Run a command and turn what it raises into one line on stderr and an exit code; a command may return its own."""
     try:
-        command()
+        code = command()
         sys.stdout.flush()
     except LlavaError as error:
         sys.stderr.write(f"llava: {error}\n")
@@ -51,4 +51,4 @@ def run_command(command: Callable[[], object]) -> int:
             traceback.print_exc()
         sys.stderr.write(f"llava: internal error: {type(error).__name__}: {error}; set LLAVA_TRACEBACK=1 to see where, and report it\n")
         return _BUG
-    return 0
+    return code if isinstance(code, int) else 0

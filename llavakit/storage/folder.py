@@ -100,7 +100,9 @@ def manifest_problems(folder: Path, *, check_hashes: bool) -> list[str]:
     problems = []
     for name, entry in entries.items():
         path = folder / name
-        if not path.is_file():
+        if not Path(os.path.normpath(path)).is_relative_to(folder):
+            problems.append(f"{name} lies outside the folder")
+        elif not path.is_file():
             problems.append(f"{name} is missing")
         elif path.stat().st_size != entry.num_bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes, expected {entry.num_bytes}")
