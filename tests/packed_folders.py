@@ -52,6 +52,7 @@ RECIPES = {
     "GPTQ act-order": Recipe(act_order=True),
     "GPTQ one group, no g_idx": Recipe(group_size=-1, has_index=False),
     "GPTQ symmetric, uneven groups": Recipe(group_size=40, is_symmetric=True),
+    "GPTQ groups wider than the weight": Recipe(group_size=10**30, has_index=False),
     "AWQ": Recipe("awq", "gemm"),
     "AWQ one group": Recipe("awq", "gemm", group_size=-1),
 }

@@ -155,7 +155,7 @@ class Unpacked:
         num_inputs, size = self._shape(module)[0], self._packing.group_size
         if module + _INDEX in self._stored and (index := self._tensors.read(module + _INDEX)).any():
             return index.long()
-        return torch.arange(num_inputs) // (num_inputs if size == -1 else size)
+        return torch.arange(num_inputs) // (num_inputs if size == -1 else min(size, num_inputs))
 
 
 def _states_packing(folder: Path) -> bool:

@@ -110,7 +110,7 @@ def test_no_more_than_a_few_rows_of_codes_are_held(monkeypatch: pytest.MonkeyPat
 
 
 def dense(recipe: Recipe, tensors: dict[str, Tensor]) -> Tensor:
-    groups = torch.arange(64) // (64 if recipe.group_size == -1 else recipe.group_size)
+    groups = torch.arange(64) // (64 if recipe.group_size == -1 else min(recipe.group_size, 64))
     layout = LAYOUTS[recipe.method, recipe.version, recipe.bits]
     index = tensors["g_idx"].long() if "g_idx" in tensors else groups
     return dequantize(layout, tensors["qweight"], tensors["qzeros"], tensors["scales"], index)
