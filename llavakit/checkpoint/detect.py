@@ -36,8 +36,6 @@ def detect_kind(values: Mapping[str, Any]) -> Kind:
 
 def kind_of_config(values: Mapping[str, Any]) -> Kind:
     """Decide by the keys of config.json. Raises: CheckpointError naming what it is instead."""
-    if values.get("quantization_config") is not None:
-        raise CheckpointError(f"the weights are quantised ({_method(values['quantization_config'])}); only float weights are read")
     match values.get("model_type"):
         case "llava" | "llava_next" if "text_config" in values:
             return Kind.LLAVA_HF
@@ -60,7 +58,3 @@ def foreign_kind(files: Collection[str]) -> str | None:
     if "mm_projector.bin" in files:
         return "the projector of a LLaVA pre-training without its config.json"
     return None
-
-
-def _method(quantization: object) -> object:
-    return quantization.get("quant_method", "unknown method") if isinstance(quantization, Mapping) else quantization

@@ -2,7 +2,7 @@
 
 Owns: save_checkpoint (files into a folder) and save_folder (the same, atomically). transformers 4.46+ and 5.x load the result:
 tensor names are llava-hf's own, side files come along. Invariant: config.json states the dtype that was written, once for
-every version's spelling; what an earlier file said of it is forgotten.
+every version's spelling; what an earlier file said of it, and of a quantisation, is forgotten.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llavakit.checkpoint.card import copy_licences
 from llavakit.checkpoint.generation import GENERATION_NAME
-from llavakit.checkpoint.placement import common_dtype_name
+from llavakit.checkpoint.placement import WEIGHT_KEYS, common_dtype_name
 from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import LlamaDecoder, TokenEmbedding
@@ -124,11 +124,12 @@ def _architecture(model: _Model) -> str:
 
 def _config_values(config: LlamaConfig | LlavaConfig, architecture: str, dtypes: list[torch.dtype]) -> dict[str, Any]:
     dtype = common_dtype_name(dtypes)
-    return {**_without_dtypes(config.to_dict()), "architectures": [architecture], **dict.fromkeys(_DTYPE_KEYS, dtype)}
+    return {**_without_weight_keys(config.to_dict()), "architectures": [architecture], **dict.fromkeys(_DTYPE_KEYS, dtype)}
 
 
-def _without_dtypes(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _without_dtypes(value) if isinstance(value, Mapping) else value for key, value in values.items() if key not in _DTYPE_KEYS}
+def _without_weight_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in values.items() if key not in WEIGHT_KEYS}
+    return {key: _without_weight_keys(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def _generation_values(config: LlamaConfig | LlavaConfig) -> dict[str, Any]:

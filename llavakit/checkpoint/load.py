@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llavakit.checkpoint.detect import Kind, detect_kind, foreign_kind
 from llavakit.checkpoint.original import original_processor, read_original_config
+from llavakit.checkpoint.packed import packing_of_config
 from llavakit.checkpoint.parts import Part, Sources, is_adapter, kind_of_folder, open_parts
 from llavakit.checkpoint.rules import plan_load
 from llavakit.errors import CheckpointError, ConfigError
@@ -56,6 +57,8 @@ def load_config(folder: Path, sources: Sources = Sources()) -> LlamaConfig | Lla
         raise CheckpointError(f"{folder} has no config.json" if kind is None else f"{folder} holds {kind}")
     values = read_json(path)
     try:
+        if not is_adapter(folder):  # an adapter's file may say how its base was held while it was trained
+            packing_of_config(values)
         match detect_kind(values):
             case Kind.LLAVA_HF:
                 return LlavaConfig.from_dict(values)

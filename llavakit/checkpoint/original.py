@@ -18,7 +18,7 @@ from llavakit.checkpoint.card import copy_licences
 from llavakit.checkpoint.generation import GENERATION_NAME
 from llavakit.checkpoint.layouts import original_layout
 from llavakit.checkpoint.parts import tower_folder
-from llavakit.checkpoint.placement import common_dtype_name
+from llavakit.checkpoint.placement import WEIGHT_KEYS, common_dtype_name
 from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.llava import LlamaCore, LlavaCore
@@ -151,7 +151,7 @@ def _config_values(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, 
     images = processor.image_processor
     is_padded = images.aspect == "pad" or processor.preprocessing_note is not None
     values.setdefault("image_aspect_ratio", "pad" if is_padded else None)
-    return {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")} | {"unfreeze_mm_vision_tower": True}
+    return {name: value for name, value in values.items() if name not in WEIGHT_KEYS} | {"unfreeze_mm_vision_tower": True}
 
 
 def _tokenizer_without(processor: LlavaProcessor, num_rows: int) -> LlamaTokenizer | LlamaTokenizerFast:

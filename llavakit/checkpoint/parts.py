@@ -18,6 +18,7 @@ from llavakit.checkpoint.adapters import ADAPTER_CONFIG, Adapter, Merged, base_o
 from llavakit.checkpoint.deltas import Summed
 from llavakit.checkpoint.detect import Kind, kind_of_config
 from llavakit.checkpoint.layouts import LANGUAGE_MODEL, LLAMA, LLAMA_DECODER, LLAVA_HF, TOWER, original_layout
+from llavakit.checkpoint.packed import Unpacked, dense_tensors, weight_format
 from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError
 from llavakit.model.decoder import LlamaDecoder
@@ -25,7 +26,7 @@ from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.storage.documents import read_optional_json
 from llavakit.storage.hub import resolve_model
 from llavakit.storage.pickle_tensors import PICKLE, PickleFile
-from llavakit.storage.tensors import SAFETENSORS, TensorFolder, TensorSource, TensorSpec, sorted_by_place
+from llavakit.storage.tensors import TensorFolder, TensorSource, TensorSpec
 
 __all__ = ["Part", "Sources", "is_adapter", "kind_of_folder", "open_parts", "tower_folder"]
 
@@ -97,22 +98,23 @@ class _Opening:
         if is_adapter(folder):
             base = _Opening(self.files, self.model, replace(self.sources, base=None)).parts(self.sources.base_folder(folder))
             return self._merged(base, folder, base[0].layout)
-        return [Part(self._summed(folder), _layout(self.model))]
+        layout = _layout(self.model)
+        return [Part(self._summed(folder, layout), layout)]
 
     def _original(self, folder: Path, layout: Layout) -> list[Part]:
         """Open original LLaVA's files: whole, a delta, a projector alone, or LoRA with what was trained beside it."""
         if is_adapter(folder) or not _has_weights(folder):
             base = self.sources.base_folder(folder)
-            is_llava = kind_of_folder(base) is Kind.ORIGINAL
-            parts = [Part(self._open(base), layout if is_llava else LANGUAGE_MODEL), *self._trained(folder, layout)]
+            base_layout = layout if kind_of_folder(base) is Kind.ORIGINAL else LANGUAGE_MODEL
+            parts = [Part(self._open(base, base_layout), base_layout), *self._trained(folder, layout)]
             parts = _without_doubles(parts)
             parts = self._merged(parts, folder, layout) if is_adapter(folder) else parts
         else:
-            parts = [Part(self._summed(folder), layout)]
+            parts = [Part(self._summed(folder, layout), layout)]
         if not any(target.startswith("vision_tower.") for target in _shapes_by_target(parts)):
             values = read_optional_json(folder / "config.json")
             tower = tower_folder(values, self.sources.vision_tower, allow_pickle=self.sources.allow_pickle)
-            parts.append(Part(self._open(tower), TOWER))
+            parts.append(Part(self._open(tower, TOWER), TOWER))
         return parts
 
     def _trained(self, folder: Path, layout: Layout) -> list[Part]:
@@ -137,14 +139,22 @@ class _Opening:
             raise CheckpointError(f"the adapter {folder} does not fit its base: {'; '.join(problems[:10])}")
         return [Part(Merged(part.tensors, part.layout, adapter), part.layout) for part in parts]
 
-    def _summed(self, folder: Path) -> TensorSource:
+    def _summed(self, folder: Path, layout: Layout) -> TensorSource:
         """Open a folder's weights; with a base they are its delta."""
-        files = self._open(folder)
-        return files if self.sources.base is None else Summed(files, self._open(self.sources.base_folder(folder)))
+        files = self._open(folder, layout)
+        return files if self.sources.base is None else Summed(files, self._open(self.sources.base_folder(folder), layout))
 
-    def _open(self, folder: Path) -> TensorFolder:
-        is_pickle = self.sources.allow_pickle and not SAFETENSORS.is_in(folder) and PICKLE.is_in(folder)
-        return self.files.enter_context(TensorFolder(folder, PICKLE if is_pickle else SAFETENSORS))
+    def _open(self, folder: Path, layout: Layout) -> TensorSource:
+        """Open a folder's files, quantised ones as dense tensors."""
+        safe = weight_format(folder)
+        is_pickle = self.sources.allow_pickle and not safe.is_in(folder) and PICKLE.is_in(folder)
+        tensors = dense_tensors(self.files.enter_context(TensorFolder(folder, PICKLE if is_pickle else safe)), folder)
+        if not isinstance(tensors, Unpacked):
+            return tensors
+        # AutoGPTQ gave each module a bias, of zeros where the model has none.
+        known = {name for name, _ in self.model.named_parameters()}
+        idle = {name for name in tensors.biases if layout.target(name) not in known and not tensors.read(name).any()}
+        return _View(tensors, {name: name for name in tensors.specs if name not in idle})
 
 
 class _View:
@@ -161,7 +171,8 @@ class _View:
 
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order that disks like."""
-        return iter(sorted_by_place(self.specs))
+        shown = {stored: name for name, stored in self._names.items()}
+        return (shown[stored] for stored in self._tensors.in_file_order() if stored in shown)
 
 
 def _shapes_by_target(parts: Sequence[Part]) -> dict[str, tuple[int, ...]]:
@@ -186,7 +197,7 @@ def _plain_names(names: Collection[str]) -> dict[str, str]:
 
 
 def _has_weights(folder: Path) -> bool:
-    return SAFETENSORS.is_in(folder) or PICKLE.is_in(folder)
+    return weight_format(folder).is_in(folder) or PICKLE.is_in(folder)
 
 
 def tower_folder(values: Mapping[str, Any], vision_tower: str | Path | None, *, allow_pickle: bool, weights: bool = True) -> Path:

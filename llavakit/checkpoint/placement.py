@@ -9,7 +9,10 @@ import torch
 
 from llavakit.errors import ConfigError
 
-__all__ = ["choose_device", "choose_dtype", "common_dtype_name"]
+__all__ = ["WEIGHT_KEYS", "choose_device", "choose_dtype", "common_dtype_name"]
+
+WEIGHT_KEYS = ("dtype", "torch_dtype", "quantization_config")
+"""What config.json says of the weights in its own folder; it is wrong of others."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from llavakit.checkpoint.detect import Kind, kind_of_config
 from llavakit.checkpoint.load import load_config, load_processor
+from llavakit.checkpoint.packed import dense_tensors, weight_format
 from llavakit.geometry import num_image_tokens
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
@@ -36,11 +37,10 @@ def inspect(path: str, *, revision: str | None = None, json: bool = False) -> No
     """
     folder = resolve_model(path, revision=revision)
     config = load_config(folder)
-    tensors = TensorFolder(folder)
-    specs = tensors.specs
-    tensors.close()
+    with TensorFolder(folder, weight_format(folder)) as tensors:
+        specs, dense = tensors.specs, dense_tensors(tensors, folder).specs
     parts: Counter[str] = Counter()
-    for name, spec in specs.items():
+    for name, spec in dense.items():
         parts[_part(name)] += math.prod(spec.shape)
     facts: dict[str, Any] = {
         "folder": str(folder),

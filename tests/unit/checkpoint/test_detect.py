@@ -24,7 +24,6 @@ def test_kinds_that_are_read() -> None:
         ({"model_type": "llava"}, "neither text_config"),
         ({"model_type": "llava_onevision", "text_config": {}}, "'llava_onevision'; llava and llava_next"),
         ({}, "None"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantised \\(gptq\\)"),
     ],
 )
 def test_other_kinds_are_named(values: dict[str, Any], named: str) -> None:
