@@ -1,7 +1,8 @@
 """Tiny quantised folders, written value by value from the published definitions; no code of ours packs or unpacks here.
 
 GPTQ: the codes of one output are one number, input after input from the lowest bits on, cut into words of 32 bits; so are the zeros of
-one group, output after output, each less 1 in v1. AWQ (gemm): a word holds eight outputs of one input, in the order 0 2 4 6 1 3 5 7.
+one group, output after output, each less 1 in v1 (0 becomes the highest value). AWQ (gemm): a word holds eight outputs of one input, in
+the order 0 2 4 6 1 3 5 7.
 """
 
 from __future__ import annotations
@@ -93,10 +94,10 @@ def draw_module(recipe: Recipe, num_inputs: int, num_outputs: int, rng: random.R
     groups = [row // size for row in range(num_inputs)]
     if recipe.act_order:
         rng.shuffle(groups)
-    highest, lowest_zero = 2**recipe.bits - 1, int(recipe.version == "gptq")  # v1 with a zero of 0: see test_quantize_layouts
+    highest = 2**recipe.bits - 1
     codes = [[rng.randint(0, highest) for _ in range(num_outputs)] for _ in range(num_inputs)]
     zeros = [
-        [2 ** (recipe.bits - 1) if recipe.is_symmetric else rng.randint(lowest_zero, highest) for _ in range(num_outputs)]
+        [2 ** (recipe.bits - 1) if recipe.is_symmetric else rng.randint(0, highest) for _ in range(num_outputs)]
         for _ in range(max(groups) + 1)
     ]
     width = 0.5 / highest / num_inputs**0.5
@@ -117,7 +118,7 @@ def draw_module(recipe: Recipe, num_inputs: int, num_outputs: int, rng: random.R
 def _gptq(recipe: Recipe, codes: Grid, zeros: Grid) -> dict[str, Tensor]:
     less = int(recipe.version == "gptq")
     columns = [bit_stream([row[column] for row in codes], recipe.bits) for column in range(len(codes[0]))]
-    stored = [bit_stream([zero - less for zero in row], recipe.bits) for row in zeros]
+    stored = [bit_stream([(zero - less) % 2**recipe.bits for zero in row], recipe.bits) for row in zeros]
     return {"qweight": words_tensor(columns).T.contiguous(), "qzeros": words_tensor(stored)}
 
 

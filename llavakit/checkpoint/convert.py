@@ -53,6 +53,8 @@ class Conversion:
     dtype: torch.dtype | None = None
     """Of the new weights; None keeps the files'."""
     max_shard_bytes: int = MAX_SHARD_BYTES
+    hashes: bool = True
+    """Write SHA-256 sums into the manifest; without them, sizes only, a conversion reads nothing twice."""
     is_dry: bool = False
     """Check everything but write nothing."""
 
@@ -85,7 +87,7 @@ def convert(
         if how.is_dry:
             return list(plan.sources)
         is_empty = destination.is_dir() and not any(destination.iterdir())
-        with atomic_folder(destination, overwrite=is_empty) as folder:
+        with atomic_folder(destination, overwrite=is_empty, hashes=how.hashes) as folder:
             tensors = _read(plan, how.dtype, progress)
             write = write_original if how.to == "original" else write_checkpoint
             write(

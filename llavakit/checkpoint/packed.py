@@ -176,7 +176,7 @@ def _read_packing(settings: Any, source: str, method: str) -> Packing:
         raise CheckpointError(f"{source} says of the quantisation {str(settings)[:100]!r}; a table was expected")
     method = str(settings.get("quant_method", method)).lower()
     bits, group_size = settings.get("bits", settings.get("w_bit")), settings.get("group_size", settings.get("q_group_size"))
-    version = _version(method, settings, bits)
+    version = _version(method, settings)
     layout = LAYOUTS.get((method, version, bits)) if type(bits) is int else None
     if layout is None:
         facts = (method[:40], version[:40], "" if bits is None else f"{bits!r:.40} bits")
@@ -188,7 +188,7 @@ def _read_packing(settings: Any, source: str, method: str) -> Packing:
     return Packing(layout, group_size)
 
 
-def _version(method: str, settings: Mapping[str, Any], bits: object) -> str:
+def _version(method: str, settings: Mapping[str, Any]) -> str:
     """Name the method's variant; GPTQ's and AWQ's usual one where none is stated."""
     stated = [settings[key] for key in _VERSION_KEYS.get(method, ()) if settings.get(key) is not None]
     version = str(stated[0]).lower() if stated else _VERSIONS.get(method, "")
@@ -196,8 +196,8 @@ def _version(method: str, settings: Mapping[str, Any], bits: object) -> str:
         return "marlin"
     if settings.get("backend") == "llm-awq":
         return "llm-awq"
-    if (version, bits) == ("gptq", 3) and "gptqmodel" in str(settings.get("meta")):
-        return "gptq by GPTQModel"  # which takes other numbers than 1 off zeros of 3 bits
+    if version == "gptq" and "gptqmodel" in str(settings.get("meta")):
+        return "gptq by GPTQModel"  # which takes other numbers than 1 off zeros of 3 bits, so that these are not in the table
     return version
 
 

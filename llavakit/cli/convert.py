@@ -24,6 +24,7 @@ def convert(
     max_shard_size: str = "5GB",
     revision: str | None = None,
     allow_pickle: bool = False,
+    hashes: bool = True,
     dry_run: bool = False,
 ) -> None:
     """Convert a checkpoint; its layout is told by its content. Memory holds one tensor, and DESTINATION appears whole or not at all.
@@ -48,6 +49,8 @@ def convert(
         Branch, tag or commit of a hub id.
     allow_pickle
         Read pickle files (.bin, .pth) too.
+    hashes
+        Write SHA-256 sums into the manifest, which takes reading the new files once.
     dry_run
         Check names and shapes, write nothing.
     """
@@ -64,6 +67,7 @@ def convert(
         dtype=choose_dtype(dtype),
         sources=Sources(base=base, vision_tower=vision_tower, allow_pickle=allow_pickle),
         max_shard_bytes=parse_size("max_shard_size", max_shard_size),
+        hashes=hashes,
         is_dry=dry_run,
     )
     folder = resolve_model(source, revision=revision, allow_pickle=allow_pickle)

@@ -36,15 +36,17 @@ class FileEntry:
     """What the manifest says of one file."""
 
     num_bytes: int
-    sha256: str
+    sha256: str | None
+    """None where the save left it out."""
 
 
 @contextlib.contextmanager
-def atomic_folder(destination: Path, *, overwrite: bool, carry: Callable[[str], bool] | None = None) -> Iterator[Path]:
+def atomic_folder(destination: Path, *, overwrite: bool, carry: Callable[[str], bool] | None = None, hashes: bool = True) -> Iterator[Path]:
     """Yield a temporary folder beside destination and put it in place when the block ends without an error.
 
     What the block did not write is kept from the old folder where carry(name) is true of a top-level file or folder; the rest
-    is removed. Every file is fsynced, then a manifest with sizes and SHA-256 is written, then the folder is renamed.
+    is removed. Every file is fsynced, then a manifest with sizes and, unless hashes is False, SHA-256 is written, then the folder is
+    renamed.
     Raises: StorageError when destination exists and overwrite is False, when it is the working directory, or when the disk
     refuses; the old folder stays.
     """
@@ -61,7 +63,7 @@ def atomic_folder(destination: Path, *, overwrite: bool, carry: Callable[[str], 
         yield temporary
         if carry is not None and destination.is_dir():
             _carry_over(destination, temporary, carry)
-        _write_manifest(temporary)
+        _write_manifest(temporary, hashes=hashes)
         _put_in_place(temporary, destination, overwrite=overwrite)
         fsync_folder(destination.parent)
     except OSError as error:
@@ -84,7 +86,7 @@ def read_manifest(folder: Path) -> Mapping[str, FileEntry] | None:
     try:
         values = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         version, files = values["version"], dict(values["files"])
-        entries = {name: FileEntry(entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        entries = {name: FileEntry(entry["bytes"], entry.get("sha256")) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if version != _VERSION:
@@ -106,7 +108,7 @@ def manifest_problems(folder: Path, *, check_hashes: bool) -> list[str]:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != entry.num_bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes, expected {entry.num_bytes}")
-        elif check_hashes and _sha256(path) != entry.sha256:
+        elif check_hashes and entry.sha256 is not None and _sha256(path) != entry.sha256:
             problems.append(f"{name} has other contents than when it was saved")
     return problems
 
@@ -150,10 +152,11 @@ def _link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _write_manifest(folder: Path) -> None:
-    files = {}
+def _write_manifest(folder: Path, *, hashes: bool) -> None:
+    files: dict[str, dict[str, object]] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        sums = {"sha256": _sha256(path)} if hashes else {}
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, **sums}
         _fsync_file(path)
     for child in sorted(path for path in folder.rglob("*") if path.is_dir()):
         fsync_folder(child)

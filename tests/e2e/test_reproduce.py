@@ -26,7 +26,8 @@ def digests(folder: Path) -> dict[str, list[str]]:
     """SHA-256 of each stage's weights or tokenizer; metrics hold seconds and differ."""
     made = {stage: read_manifest(folder / stage) or {} for stage in STAGES[1:-1]}
     return {
-        stage: [entry.sha256 for name, entry in files.items() if name.endswith((".safetensors", ".model"))] for stage, files in made.items()
+        stage: [str(entry.sha256) for name, entry in files.items() if name.endswith((".safetensors", ".model"))]
+        for stage, files in made.items()
     }
 
 

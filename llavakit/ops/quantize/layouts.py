@@ -36,11 +36,9 @@ class PackedLayout:
     order: tuple[int, ...]
     """Which of its values a block holds first, second, ..."""
     zero_offset: int = 0
-    """What each value of a block of stored zeros is less than the zero.
-
-    A block is one number, so where a zero of 0 stores less than nothing its neighbour is lessened too, and reading undoes it. GPTQModel
-    writes and reads 2, 4 and 8 bits so. AutoGPTQ cannot write a zero of 0; its readers take the highest value for 0 or for 2**bits.
-    """
+    """What a stored zero is less than the zero; a zero of 0 stores the highest value, as AutoGPTQ reads it."""
+    has_carry: bool = False
+    """Whether a zero of 0 also lessens what the next zero of its block stores: GPTQModel takes the offset off whole words."""
     has_group_index: bool = False
     """Whether g_idx [I] may name the group of each input; without it groups are runs of inputs."""
 
@@ -104,9 +102,9 @@ class PackedLayout:
         return values
 
     def _shifted(self, zeros_GO: Tensor, offset: int) -> Tensor:
-        """Add offset to each value of each block, carrying over within the block."""
-        if offset == 0:
-            return zeros_GO
+        """Add offset to each zero."""
+        if not self.has_carry:
+            return (zeros_GO.int() + offset & self.max_code).to(zeros_GO.dtype)
         shifted_GO = torch.empty_like(zeros_GO)
         carry: Tensor | int = 0
         for value in self.order:
@@ -116,13 +114,14 @@ class PackedLayout:
         return shifted_GO
 
 
-def _gptq(bits: int, *, zero_offset: int) -> PackedLayout:
-    block = math.lcm(bits, _WORD_BITS) // bits
-    return PackedLayout(bits=bits, weight_axis=0, order=tuple(range(block)), zero_offset=zero_offset, has_group_index=True)
+def _gptq(bits: int, *, zero_offset: int, has_carry: bool = False) -> PackedLayout:
+    order = tuple(range(math.lcm(bits, _WORD_BITS) // bits))
+    return PackedLayout(bits=bits, weight_axis=0, order=order, zero_offset=zero_offset, has_carry=has_carry, has_group_index=True)
 
 
 LAYOUTS: Mapping[tuple[str, str, int], PackedLayout] = {
     **{("gptq", "gptq", bits): _gptq(bits, zero_offset=1) for bits in (2, 3, 4, 8)},
+    **{("gptq", "gptq by GPTQModel", bits): _gptq(bits, zero_offset=1, has_carry=True) for bits in (2, 4, 8)},
     **{("gptq", "gptq_v2", bits): _gptq(bits, zero_offset=0) for bits in (2, 3, 4, 8)},
     ("awq", "gemm", 4): PackedLayout(bits=4, weight_axis=1, order=(0, 2, 4, 6, 1, 3, 5, 7)),
 }
