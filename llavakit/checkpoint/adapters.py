@@ -22,7 +22,7 @@ from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError
 from llavakit.storage.documents import read_json
 from llavakit.storage.pickle_tensors import PickleFile
-from llavakit.storage.tensors import OpenTensors, TensorFile, TensorSource, TensorSpec
+from llavakit.storage.tensors import FilePlace, OpenTensors, TensorFile, TensorSource, TensorSpec
 
 __all__ = ["ADAPTER_CONFIG", "Adapter", "Merged", "base_of_adapter"]
 
@@ -133,6 +133,11 @@ class Merged:
         """Read one tensor, merged."""
         tensor, target = self._tensors.read(name), self._layout.target(name)
         return tensor if target is None else self._adapter.apply(target, tensor)
+
+    def place(self, name: str) -> FilePlace | None:
+        """Return where the bytes of a tensor that the adapter leaves alone lie."""
+        target = self._layout.target(name)
+        return None if target in self._adapter.changes else self._tensors.place(name)
 
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order that disks like."""

@@ -27,6 +27,7 @@ from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import resized_rows
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.storage.ahead import read_ahead
 from llavakit.storage.folder import atomic_folder
 
 __all__ = ["Conversion", "Output", "convert"]
@@ -88,7 +89,7 @@ def convert(
             return list(plan.sources)
         is_empty = destination.is_dir() and not any(destination.iterdir())
         with atomic_folder(destination, overwrite=is_empty, hashes=how.hashes) as folder:
-            tensors = _read(plan, how.dtype, progress)
+            tensors = read_ahead(_read(plan, how.dtype, progress))
             write = write_original if how.to == "original" else write_checkpoint
             write(
                 plan.core,
@@ -142,15 +143,15 @@ def _with_rows(kind: type[LlavaConfig], values: dict[str, Any], rows: int) -> Ll
 
 
 def _read(plan: _Plan, dtype: torch.dtype | None, progress: Callable[[int, int], None] | None) -> Iterator[tuple[str, Tensor]]:
-    """Read the weights in the order of writing; rows are added to or cut from the vocabulary's tables."""
+    """Read the weights in the order of writing, in pieces; rows are added to or cut from the vocabulary's tables."""
     shapes = {name: tuple(weight.shape) for name, weight in plan.core.named_parameters()}
     done, total = 0, plan.num_bytes()
     for name, weight in plan.sources.items():
-        tensor = weight.read(dtype)
-        if tuple(tensor.shape) != shapes[name]:
+        if weight.spec.shape == shapes[name]:
+            yield from ((name, piece) for piece in weight.pieces(dtype))
+        else:
             assert name.endswith(_EMBEDDINGS), "only the vocabulary changes its size"
-            tensor = resized_rows(tensor, shapes[name][0])
-        yield name, tensor
+            yield name, resized_rows(weight.read(dtype), shapes[name][0])
         done += weight.spec.num_bytes
         if progress is not None:
             progress(done, total)

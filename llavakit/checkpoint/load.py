@@ -34,6 +34,7 @@ from llavakit.storage.tensors import TensorSource
 
 __all__ = [
     "build_core",
+    "checked",
     "load_config",
     "load_core",
     "load_processor",
@@ -169,7 +170,11 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def read_weight(tensors: TensorSource, name: str, dtype: torch.dtype | None) -> Tensor:
     """Read a weight and cast it; None keeps the stored dtype. Raises: CheckpointError for one that no model can have."""
-    tensor = tensors.read(name)
+    return checked(name, tensors.read(name), dtype)
+
+
+def checked(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Cast a weight, or a piece of it; None keeps the stored dtype. Raises: CheckpointError for values that no model can have."""
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} is stored as {tensor.dtype}; only floating-point weights are read")
     tensor = tensor.to(tensor.dtype if dtype is None else dtype)

@@ -122,6 +122,9 @@ class MetaFolder:
             start += length
         return _reordered(tensor, self.config.head_width) if source.is_rotary else tensor
 
+    def place(self, name: str) -> None:
+        """Tensors are put together from several files."""
+
     def in_file_order(self) -> Iterator[str]:
         """Iterate over our names in the order of the first file's data."""
         yield from sorted(self._sources, key=lambda name: self._files[0].specs[self._sources[name].name].start)

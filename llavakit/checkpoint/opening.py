@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llavakit.checkpoint.layouts import LLAMA
-from llavakit.checkpoint.load import build_core, load_config, load_processor, plan_parts, processor_folder, read_weight, tied_names
+from llavakit.checkpoint.load import build_core, checked, load_config, load_processor, plan_parts, processor_folder, read_weight, tied_names
 from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
 from llavakit.checkpoint.parts import Part, Sources, open_parts
 from llavakit.errors import CheckpointError
@@ -28,6 +28,8 @@ from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.tensors import TensorSpec
+
+_PIECE_BYTES = 8 << 20
 
 __all__ = ["Checkpoint", "Weight", "open_checkpoint"]
 
@@ -48,6 +50,19 @@ class Weight:
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Read the values, cast to dtype unless it is None. Raises: CheckpointError, also for values that are not finite."""
         return read_weight(self.part.tensors, self.name, dtype)
+
+    def pieces(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        """Read the values flat and, where they lie in a file as they are, piece by piece, so that memory holds little of them.
+
+        Raises: CheckpointError, as read.
+        """
+        place, spec = self.part.tensors.place(self.name), self.spec
+        if place is None or spec.num_bytes <= _PIECE_BYTES:
+            yield self.read(dtype).reshape(-1)
+            return
+        for start in range(0, spec.num_bytes, _PIECE_BYTES):
+            piece = place.read(min(_PIECE_BYTES, spec.num_bytes - start), start).view(spec.dtype)
+            yield checked(self.name, piece, dtype)
 
 
 @dataclass(frozen=True)

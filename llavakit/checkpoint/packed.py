@@ -19,7 +19,7 @@ from torch import Tensor
 from llavakit.errors import CheckpointError
 from llavakit.ops.quantize.layouts import LAYOUTS, PackedLayout, dequantize, num_groups
 from llavakit.storage.documents import read_json, read_optional_json
-from llavakit.storage.tensors import SAFETENSORS, TensorSource, TensorSpec, WeightFormat
+from llavakit.storage.tensors import SAFETENSORS, FilePlace, TensorSource, TensorSpec, WeightFormat
 
 __all__ = ["Packing", "Unpacked", "dense_tensors", "packing_of_config", "weight_format"]
 
@@ -104,6 +104,10 @@ class Unpacked:
             return self._tensors.read(name)
         words, zero_words, scales = (self._tensors.read(module + suffix) for suffix in (_WORDS, _ZEROS, _SCALES))
         return dequantize(self._packing.layout, words, zero_words, scales, self._groups(module))
+
+    def place(self, name: str) -> FilePlace | None:
+        """Return where the bytes of a tensor that is not packed lie."""
+        return self._tensors.place(name) if name in self._stored else None
 
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order that disks like."""

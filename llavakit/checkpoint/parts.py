@@ -26,7 +26,7 @@ from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.storage.documents import read_optional_json
 from llavakit.storage.hub import resolve_model
 from llavakit.storage.pickle_tensors import PICKLE, PickleFile
-from llavakit.storage.tensors import TensorFolder, TensorSource, TensorSpec
+from llavakit.storage.tensors import FilePlace, TensorFolder, TensorSource, TensorSpec
 
 __all__ = ["Part", "Sources", "is_adapter", "kind_of_folder", "open_parts", "tower_folder"]
 
@@ -168,6 +168,10 @@ class _View:
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype."""
         return self._tensors.read(self._names[name])
+
+    def place(self, name: str) -> FilePlace | None:
+        """Return where a tensor's bytes lie as they are."""
+        return self._tensors.place(self._names[name])
 
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order that disks like."""

@@ -8,6 +8,7 @@ read owns its memory, also where the file shares one storage among several. File
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llavakit.errors import CheckpointError
-from llavakit.storage.tensors import TensorSpec, WeightFormat, read_into, sorted_by_place
+from llavakit.storage.tensors import FilePlace, TensorSpec, WeightFormat, sorted_by_place
 
 __all__ = ["PICKLE", "PickleFile"]
 
@@ -40,17 +41,22 @@ class PickleFile:
         self._tensors, is_mapped = _load(path)
         self._areas = _mapped_areas(path) if is_mapped else []
         self.specs: Mapping[str, TensorSpec] = {name: _spec(tensor) for name, tensor in self._tensors.items()}
+        self._descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype into memory of its own: by its place in the file where that is known."""
-        tensor, spec = self._tensors[name], self.specs[name]
-        place = next((area.place(spec) for area in self._areas if area.holds(spec)), None)
-        if place is None or not tensor.is_contiguous() or not spec.num_bytes:
-            return tensor.clone(memory_format=torch.contiguous_format)
-        copy = torch.empty(spec.shape, dtype=spec.dtype)
-        with self.path.open("rb") as file:
-            read_into(copy.reshape(-1).view(torch.uint8).numpy().data, self.path, file.fileno(), place)
-        return copy
+        spec, place = self.specs[name], self.place(name)
+        if place is None:
+            return self._tensors[name].clone(memory_format=torch.contiguous_format)
+        return place.read(spec.num_bytes).view(spec.dtype).view(spec.shape)
+
+    def place(self, name: str) -> FilePlace | None:
+        """Return where a tensor lies, where the system tells and its values follow one another."""
+        spec = self.specs[name]
+        area = next((area for area in self._areas if area.holds(spec)), None)
+        if area is None or not self._tensors[name].is_contiguous():
+            return None
+        return FilePlace(self.path, self._descriptor, area.place(spec))
 
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order of their data."""
@@ -59,6 +65,7 @@ class PickleFile:
     def close(self) -> None:
         """Let go of the mapping; reading afterwards is an error."""
         self._tensors = {}
+        os.close(self._descriptor)
 
 
 PICKLE = WeightFormat("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", PickleFile)

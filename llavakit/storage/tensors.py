@@ -31,6 +31,7 @@ from llavakit.storage.hub import check_inside
 __all__ = [
     "INDEX_NAME",
     "SAFETENSORS",
+    "FilePlace",
     "OpenTensors",
     "TensorFile",
     "TensorFolder",
@@ -70,6 +71,22 @@ class TensorSpec:
         return self.stop - self.start
 
 
+@dataclass(frozen=True, slots=True)
+class FilePlace:
+    """Where a tensor's bytes lie, as they are, in an open file."""
+
+    path: Path
+    descriptor: int
+    start: int
+
+    def read(self, num_bytes: int, offset: int = 0) -> Tensor:
+        """Read bytes from an offset on. Raises: CheckpointError."""
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        if num_bytes:
+            read_into(data.numpy().data, self.path, self.descriptor, self.start + offset)
+        return data
+
+
 class TensorFile:
     """One safetensors file, opened once and read by offset."""
 
@@ -85,10 +102,11 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype. Raises: CheckpointError when the disk fails or the file has shrunk."""
         spec = self.specs[name]
-        tensor = torch.empty(spec.shape, dtype=spec.dtype)
-        if spec.num_bytes:
-            read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, self.path, self._descriptor, spec.start)
-        return tensor
+        return self.place(name).read(spec.num_bytes).view(spec.dtype).view(spec.shape)
+
+    def place(self, name: str) -> FilePlace:
+        """Return where a tensor lies."""
+        return FilePlace(self.path, self._descriptor, self.specs[name].start)
 
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order of their data."""
@@ -108,6 +126,9 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype into memory of its own."""
+
+    def place(self, name: str) -> FilePlace | None:
+        """Return where a tensor's bytes lie as they are, so that it can be read in pieces; None where reading computes them."""
 
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order of their data: the order that disks like."""
@@ -169,6 +190,10 @@ class TensorFolder:
         """Read one tensor in its stored dtype."""
         return self._owner[name].read(name)
 
+    def place(self, name: str) -> FilePlace | None:
+        """Return where a tensor's bytes lie as they are."""
+        return self._owner[name].place(name)
+
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order of their data, file by file: the order that disks like."""
         for file in self.files.values():
@@ -223,7 +248,8 @@ def write_tensors(
 ) -> None:
     """Write tensors as they come into model.safetensors, or shards with an index where they exceed max_shard_bytes.
 
-    specs fixes names, dtypes, shapes and order; tensors must yield exactly these. Raises: CheckpointError when they differ.
+    specs fixes names, dtypes, shapes and order; tensors must yield exactly these, each whole or in flat pieces one after another.
+    Raises: CheckpointError when they differ.
     """
     shards = _plan_shards(specs, max_shard_bytes)
     names = [_SINGLE_NAME] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -262,11 +288,20 @@ def _write_shard(path: Path, specs: Mapping[str, tuple[torch.dtype, Sequence[int
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape) in specs.items():
-            got, tensor = next(tensors, ("nothing", None))
-            if tensor is None or got != name or tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
-                raise CheckpointError(f"expected tensor {name!r} {dtype} {list(shape)}, got {got!r}")
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            for piece in _pieces(name, dtype, tuple(shape), tensors):
+                file.write(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _pieces(name: str, dtype: torch.dtype, shape: tuple[int, ...], tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Tensor]:
+    """Take one tensor's values: the tensor itself, or flat pieces until it is full."""
+    missing, is_begun = math.prod(shape), False
+    while missing or not is_begun:
+        got, piece = next(tensors, ("nothing", None))
+        fits = piece is not None and (piece.shape == shape or (piece.dim() == 1 and piece.numel() <= missing))
+        if piece is None or got != name or piece.dtype != dtype or not fits:
+            raise CheckpointError(f"expected tensor {name!r} {dtype} {list(shape)}, got {got!r}")
+        yield piece
+        missing, is_begun = missing - piece.numel(), True
 
 
 def _num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
