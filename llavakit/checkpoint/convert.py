@@ -1,6 +1,7 @@
 """From one layout to another, tensor by tensor.
 
-Owns: convert and its three outputs: the HF layout (LLaVA or language model), original LLaVA's, a LLaVA's language model alone.
+Owns: convert and its three outputs: the HF layout (LLaVA or language model), original LLaVA's, a LLaVA's language model alone. With a
+vision tower a language model becomes a fresh LLaVA on its way.
 Invariants: all names and shapes are settled before a weight is read; memory holds one tensor; the destination appears whole or not
 at all; without a change of dtype weights keep their bits. A vocabulary that grew for <image> is cut to its old size on the way back.
 """
@@ -16,12 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llavakit.checkpoint.fresh import Fresh, fresh_config, fresh_processor, fresh_projector
 from llavakit.checkpoint.hf import MAX_SHARD_BYTES, SideFiles, write_checkpoint
-from llavakit.checkpoint.layouts import LLAMA
+from llavakit.checkpoint.layouts import LANGUAGE_MODEL, LLAMA
 from llavakit.checkpoint.load import build_core, load_config, load_processor, plan_parts, processor_folder, read_weight
 from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
 from llavakit.checkpoint.original import write_original
-from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_parts
+from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_parts, open_tower, tower_folder
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.logs import logger
 from llavakit.model.config import LlamaConfig
@@ -29,7 +31,9 @@ from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import resized_rows
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.load import load_tokenizer
+from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.folder import atomic_folder
 
@@ -52,6 +56,8 @@ class Conversion:
     """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the HF layout."""
     tokenizer: Path | None = None
     """Folder of the tokenizer, where it is not the source's."""
+    fresh: Fresh | None = None
+    """What the LLaVA over a language model and sources.vision_tower gets beside them; None where the usual, or where there is none."""
     sources: Sources = field(default_factory=Sources)
     """What the folder needs beside itself, and whether pickle files are read."""
     dtype: torch.dtype | None = None
@@ -115,6 +121,31 @@ def convert(
 
 @contextlib.contextmanager
 def _open(source: Path, how: Conversion) -> Iterator[_Opened]:
+    with _open_source(source, how) as opened:
+        if not isinstance(opened.config, LlavaConfig) and how.sources.vision_tower is not None and how.to != "text":
+            tower = tower_folder({}, how.sources.vision_tower, allow_pickle=how.sources.allow_pickle)
+            with open_tower(tower, allow_pickle=how.sources.allow_pickle) as seen:
+                yield _built(opened, tower, seen, Fresh() if how.fresh is None else how.fresh)
+        elif how.fresh is not None:
+            raise ConfigError("a projector, template or seed is for a fresh LLaVA: a language model alone, and --vision-tower")
+        else:
+            yield opened
+
+
+def _built(language_model: _Opened, tower: Path, seen: Part, fresh: Fresh) -> _Opened:
+    """Build the parts of a fresh LLaVA."""
+    words, text = language_model.processor, language_model.config
+    assert isinstance(words, LlamaTokenizer | LlamaTokenizerFast)
+    assert isinstance(text, LlamaConfig)
+    config = fresh_config(text, tower, fresh)
+    processor = fresh_processor(words, config, tower, fresh.template)
+    read = [Part(part.tensors, LANGUAGE_MODEL) for part in language_model.parts]
+    dtype = read[0].tensors.specs["model.embed_tokens.weight"].dtype
+    return _Opened(config, (*read, seen, fresh_projector(config, dtype, fresh.seed)), processor)
+
+
+@contextlib.contextmanager
+def _open_source(source: Path, how: Conversion) -> Iterator[_Opened]:
     if is_meta_folder(source):
         if not how.sources.allow_pickle:
             raise CheckpointError(f"{source} holds pickle files; where you trust their origin, allow_pickle reads their tensors")

@@ -27,7 +27,7 @@ from llavakit.storage.hub import resolve_model
 from llavakit.storage.pickle_tensors import PICKLE, PickleFile
 from llavakit.storage.tensors import SAFETENSORS, TensorFolder, TensorSource, TensorSpec, sorted_by_place
 
-__all__ = ["Part", "Sources", "is_adapter", "kind_of_folder", "open_parts", "tower_folder"]
+__all__ = ["Part", "Sources", "is_adapter", "kind_of_folder", "open_parts", "open_tower", "tower_folder"]
 
 _PROJECTOR_FILE, _BESIDE_LORA = "mm_projector.bin", "non_lora_trainables.bin"
 
@@ -52,7 +52,10 @@ class Sources:
     base: str | Path | None = None
     """Folder or hub id of the model that an adapter, a delta or a projector belongs to."""
     vision_tower: str | Path | None = None
-    """Folder or hub id in place of the tower that an original LLaVA's config names; opened only where the folder holds none."""
+    """Folder or hub id in place of the tower that an original LLaVA's config names; opened only where the folder holds none.
+
+    With a language model alone, convert builds a fresh LLaVA of the two.
+    """
     allow_pickle: bool = False
     """Read pickle files where there are no safetensors."""
 
@@ -80,6 +83,13 @@ def open_parts(folder: Path, model: nn.Module, sources: Sources = Sources()) -> 
     """Open the files of a model's weights, and those of what it builds on. Raises: CheckpointError."""
     with contextlib.ExitStack() as files:
         yield tuple(_Opening(files, model, sources).parts(folder))
+
+
+@contextlib.contextmanager
+def open_tower(folder: Path, *, allow_pickle: bool) -> Iterator[Part]:
+    """Open the files of a tower, or of a whole CLIP or SigLIP. Raises: CheckpointError."""
+    with _weights(folder, allow_pickle=allow_pickle) as files:
+        yield Part(files, TOWER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +153,7 @@ class _Opening:
         return files if self.sources.base is None else Summed(files, self._open(self.sources.base_folder(folder)))
 
     def _open(self, folder: Path) -> TensorFolder:
-        is_pickle = self.sources.allow_pickle and not SAFETENSORS.is_in(folder) and PICKLE.is_in(folder)
-        return self.files.enter_context(TensorFolder(folder, PICKLE if is_pickle else SAFETENSORS))
+        return self.files.enter_context(_weights(folder, allow_pickle=self.sources.allow_pickle))
 
 
 class _View:
@@ -183,6 +192,11 @@ def _plain_names(names: Collection[str]) -> dict[str, str]:
     shown = {name.removeprefix("base_model."): name for name in names}
     is_nested = any(name.startswith("model.model.") for name in shown)
     return {name.removeprefix("model.") if is_nested else name: stored for name, stored in shown.items()}
+
+
+def _weights(folder: Path, *, allow_pickle: bool) -> TensorFolder:
+    is_pickle = allow_pickle and not SAFETENSORS.is_in(folder) and PICKLE.is_in(folder)
+    return TensorFolder(folder, PICKLE if is_pickle else SAFETENSORS)
 
 
 def _has_weights(folder: Path) -> bool:

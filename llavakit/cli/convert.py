@@ -6,9 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llavakit.logs import show_logs
+
+if TYPE_CHECKING:
+    from llavakit.checkpoint.fresh import Fresh
 
 __all__ = ["convert", "show_progress"]
 
@@ -21,6 +24,9 @@ def convert(
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
     base: str | None = None,
     vision_tower: str | None = None,
+    projector: str | None = None,
+    template: str | None = None,
+    seed: int | None = None,
     max_shard_size: str = "5GB",
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -41,7 +47,14 @@ def convert(
     base
         Folder or hub id of the model that an adapter, a delta or a projector belongs to.
     vision_tower
-        Folder or hub id of an original LLaVA's tower, in place of the one that its config names.
+        Folder or hub id of an original LLaVA's tower, in place of the one that its config names. With a language model alone: of the
+        CLIP or SigLIP that makes a fresh LLaVA of it.
+    projector
+        Of a fresh LLaVA: linear, mlp2x_gelu (the usual) or mlpNx_gelu with N layers; identity.
+    template
+        Chat template of a fresh LLaVA; plain, for training on captions, when left out.
+    seed
+        Seed of a fresh projector's weights; 0 when left out.
     max_shard_size
         Most bytes of a file, like 5GB or 200MiB.
     revision
@@ -62,6 +75,7 @@ def convert(
     how = Conversion(
         to=to,
         dtype=choose_dtype(dtype),
+        fresh=_fresh(projector, template, seed),
         sources=Sources(base=base, vision_tower=vision_tower, allow_pickle=allow_pickle),
         max_shard_bytes=parse_size("max_shard_size", max_shard_size),
         is_dry=dry_run,
@@ -70,6 +84,15 @@ def convert(
     with show_progress() as progress:
         names = convert_folder(folder, destination, how, progress)
     sys.stdout.write(f"{len(names)} tensors fit\n" if dry_run else f"{destination}\n")
+
+
+def _fresh(projector: str | None, template: str | None, seed: int | None) -> Fresh | None:
+    from llavakit.checkpoint.fresh import Fresh
+    from llavakit.processing.chat import find_template
+
+    given = {"projector": projector, "template": None if template is None else find_template(template), "seed": seed}
+    stated: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return Fresh(**stated) if stated else None
 
 
 @contextmanager

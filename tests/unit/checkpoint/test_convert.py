@@ -159,10 +159,11 @@ def edit(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+NARROW = {"image_size": 28, "patch_size": 7}
 FAULTS: dict[str, tuple[Callable[[OriginalFolder], object], str]] = {
     "no tower": (lambda made: edit(made.path, mm_vision_tower="/no/such/tower"), "--vision-tower names a folder"),
     "an unnamed tower": (lambda made: edit(made.path, mm_vision_tower=7), "says? which tower it is|names no mm_vision_tower"),
-    "another tower": (lambda made: edit(made.tower or made.path, vision_config={"hidden_size": 48, "image_size": 28}), "mm_hidden_size"),
+    "another tower": (lambda made: edit(made.tower or made.path, vision_config={**NARROW, "hidden_size": 48}), "mm_hidden_size"),
     "another projector": (lambda made: edit(made.path, mm_projector_type="mlp3x_gelu"), "missing multi_modal_projector.linear_3"),
     "tokens around pictures": (lambda made: edit(made.path, mm_use_im_start_end=True), "mm_use_im_start_end"),
     "another ratio": (lambda made: edit(made.path, image_aspect_ratio="golden"), "image_aspect_ratio='golden'"),
