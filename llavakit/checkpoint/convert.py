@@ -1,7 +1,7 @@
 """From one layout to another, tensor by tensor.
 
-Owns: convert and its three outputs: the HF layout (LLaVA or language model), original LLaVA's, a LLaVA's language model alone. With a
-vision tower a language model becomes a fresh LLaVA on its way.
+Owns: convert and its outputs: the HF layout (LLaVA or language model), original LLaVA's, a LLaVA's language model alone; adapters that
+stay adapters go to adapter_export. With a vision tower a language model becomes a fresh LLaVA on its way.
 Invariants: all names and shapes are settled before a weight is read; memory holds one tensor; the destination appears whole or not
 at all; without a change of dtype weights keep their bits. A vocabulary that grew for <image> is cut to its old size on the way back.
 """
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llavakit.checkpoint.adapter_export import export_adapter
 from llavakit.checkpoint.fresh import Fresh, fresh_config, fresh_processor, fresh_projector
 from llavakit.checkpoint.hf import MAX_SHARD_BYTES, SideFiles, write_checkpoint
 from llavakit.checkpoint.layouts import LANGUAGE_MODEL, LLAMA
@@ -35,11 +36,11 @@ from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
-from llavakit.storage.folder import atomic_folder
+from llavakit.storage.folder import new_folder
 
 __all__ = ["Conversion", "Output", "convert"]
 
-Output = Literal["hf", "original", "text"]
+Output = Literal["hf", "original", "text", "adapter"]
 _LOG = logger("checkpoint")
 _TEXT = "language_model."
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
@@ -53,7 +54,10 @@ class Conversion:
     """How to convert."""
 
     to: Output = "hf"
-    """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the HF layout."""
+    """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the HF layout.
+
+    adapter is an adapter that stays one: PEFT's, for transformers' classes.
+    """
     tokenizer: Path | None = None
     """Folder of the tokenizer, where it is not the source's."""
     fresh: Fresh | None = None
@@ -99,12 +103,15 @@ def convert(
     progress is told the bytes that are done and those in all. Raises: CheckpointError, ConfigError; StorageError where the destination
     exists (an empty folder may).
     """
+    if how.to == "adapter":
+        if how.dtype is not None or how.fresh is not None:
+            raise ConfigError("an adapter keeps its dtype, and no LLaVA is built for it; leave out what asks for either")
+        return export_adapter(source, destination, how.sources, is_dry=how.is_dry)
     with _open(source, how) as opened:
         plan = _plan(opened, how)
         if how.is_dry:
             return list(plan.sources)
-        is_empty = destination.is_dir() and not any(destination.iterdir())
-        with atomic_folder(destination, overwrite=is_empty) as folder:
+        with new_folder(destination) as folder:
             tensors = _read(plan, how.dtype, progress)
             write = write_original if how.to == "original" else write_checkpoint
             write(

@@ -27,7 +27,7 @@ from llavakit.storage.hub import resolve_model
 from llavakit.storage.pickle_tensors import PICKLE, PickleFile
 from llavakit.storage.tensors import SAFETENSORS, TensorFolder, TensorSource, TensorSpec, sorted_by_place
 
-__all__ = ["Part", "Sources", "is_adapter", "kind_of_folder", "open_parts", "open_tower", "tower_folder"]
+__all__ = ["Part", "Sources", "is_adapter", "kind_of_folder", "open_adapter", "open_parts", "open_tower", "tower_folder"]
 
 _PROJECTOR_FILE, _BESIDE_LORA = "mm_projector.bin", "non_lora_trainables.bin"
 
@@ -92,6 +92,15 @@ def open_tower(folder: Path, *, allow_pickle: bool) -> Iterator[Part]:
         yield Part(files, TOWER)
 
 
+@contextlib.contextmanager
+def open_adapter(folder: Path, model: nn.Module, sources: Sources = Sources()) -> Iterator[tuple[Adapter, tuple[Part, ...]]]:
+    """Open an adapter without the weights of its base, and what was trained beside it. Raises: CheckpointError."""
+    with contextlib.ExitStack() as files:
+        opening = _Opening(files, model, sources)
+        adapter = opening.adapter(folder, opening.module_names(folder))
+        yield adapter, tuple(opening.trained(folder, adapter.layout))
+
+
 @dataclass(frozen=True, slots=True)
 class _Opening:
     """The opening of a model's files; whatever was opened is closed with the stack."""
@@ -114,7 +123,7 @@ class _Opening:
         if is_adapter(folder) or not _has_weights(folder):
             base = self.sources.base_folder(folder)
             is_llava = kind_of_folder(base) is Kind.ORIGINAL
-            parts = [Part(self._open(base), layout if is_llava else LANGUAGE_MODEL), *self._trained(folder, layout)]
+            parts = [Part(self._open(base), layout if is_llava else LANGUAGE_MODEL), *self.trained(folder, layout)]
             parts = _without_doubles(parts)
             parts = self._merged(parts, folder, layout) if is_adapter(folder) else parts
         else:
@@ -125,7 +134,7 @@ class _Opening:
             parts.append(Part(self._open(tower), TOWER))
         return parts
 
-    def _trained(self, folder: Path, layout: Layout) -> list[Part]:
+    def trained(self, folder: Path, layout: Layout) -> list[Part]:
         """Open what LLaVA's trainings write beside no whole model: mm_projector.bin, non_lora_trainables.bin."""
         found = [folder / name for name in (_PROJECTOR_FILE, _BESIDE_LORA) if (folder / name).is_file()]
         if not found and not is_adapter(folder):
@@ -139,10 +148,24 @@ class _Opening:
             parts.append(Part(_View(file, _plain_names(file.specs)), layout))
         return parts
 
-    def _merged(self, parts: list[Part], folder: Path, layout: Layout) -> list[Part]:
-        """Merge an adapter, whose modules' names are those of a layout."""
+    def adapter(self, folder: Path, layout: Layout) -> Adapter:
+        """Open an adapter, whose modules' names are those of a layout."""
         adapter = Adapter(folder, layout, allow_pickle=self.sources.allow_pickle)
         self.files.callback(adapter.close)
+        return adapter
+
+    def module_names(self, folder: Path) -> Layout:
+        """Return the names that modules have in the class that an adapter was trained in: its own config's, or its base's."""
+        kind = kind_of_folder(folder)
+        if kind is None:
+            return _Opening(self.files, self.model, replace(self.sources, base=None)).module_names(self.sources.base_folder(folder))
+        if kind is Kind.ORIGINAL and isinstance(self.model, LlavaCore):
+            return original_layout(self.model.config.projector_depth)
+        return _layout(self.model)
+
+    def _merged(self, parts: list[Part], folder: Path, layout: Layout) -> list[Part]:
+        """Merge an adapter, whose modules' names are those of a layout."""
+        adapter = self.adapter(folder, layout)
         if problems := adapter.problems(_shapes_by_target(parts)):
             raise CheckpointError(f"the adapter {folder} does not fit its base: {'; '.join(problems[:10])}")
         return [Part(Merged(part.tensors, part.layout, adapter), part.layout) for part in parts]

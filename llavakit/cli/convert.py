@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from llavakit.logs import show_logs
 
 if TYPE_CHECKING:
+    from llavakit.checkpoint.convert import Conversion
     from llavakit.checkpoint.fresh import Fresh
 
-__all__ = ["convert", "show_progress"]
+__all__ = ["convert", "run_conversion", "show_progress"]
 
 
 def convert(
     source: str,
     destination: Path,
     *,
-    to: Literal["hf", "original", "text"] = "hf",
+    to: Literal["hf", "original", "text", "adapter"] = "hf",
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
     base: str | None = None,
     vision_tower: str | None = None,
@@ -41,7 +42,8 @@ def convert(
     destination
         A new or empty folder.
     to
-        hf is the Hugging Face layout, original is LLaVA's own, text is the language model of a LLaVA alone.
+        hf is the Hugging Face layout, original is LLaVA's own, text is the language model of a LLaVA alone; adapter is an adapter
+        that stays one, for peft over transformers' LLaVA.
     dtype
         Of the new weights; auto keeps the files', bit for bit.
     base
@@ -65,7 +67,6 @@ def convert(
         Check names and shapes, write nothing.
     """
     from llavakit.checkpoint.convert import Conversion
-    from llavakit.checkpoint.convert import convert as convert_folder
     from llavakit.checkpoint.hf import parse_size
     from llavakit.checkpoint.parts import Sources
     from llavakit.checkpoint.placement import choose_dtype
@@ -80,10 +81,16 @@ def convert(
         max_shard_bytes=parse_size("max_shard_size", max_shard_size),
         is_dry=dry_run,
     )
-    folder = resolve_model(source, revision=revision, allow_pickle=allow_pickle)
+    run_conversion(resolve_model(source, revision=revision, allow_pickle=allow_pickle), destination, how)
+
+
+def run_conversion(source: Path, destination: Path, how: Conversion) -> None:
+    """Convert under a progress bar and say where the result is."""
+    from llavakit.checkpoint.convert import convert as convert_folder
+
     with show_progress() as progress:
-        names = convert_folder(folder, destination, how, progress)
-    sys.stdout.write(f"{len(names)} tensors fit\n" if dry_run else f"{destination}\n")
+        names = convert_folder(source, destination, how, progress)
+    sys.stdout.write(f"{len(names)} tensors fit\n" if how.is_dry else f"{destination}\n")
 
 
 def _fresh(projector: str | None, template: str | None, seed: int | None) -> Fresh | None:
