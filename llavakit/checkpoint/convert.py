@@ -24,7 +24,7 @@ from llavakit.checkpoint.layouts import LANGUAGE_MODEL, LLAMA
 from llavakit.checkpoint.load import build_core, load_config, load_processor, plan_parts, processor_folder, read_weight
 from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
 from llavakit.checkpoint.original import write_original
-from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_parts, open_tower, tower_folder
+from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_parts, open_tower
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.logs import logger
 from llavakit.model.config import LlamaConfig
@@ -37,6 +37,7 @@ from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.folder import new_folder
+from llavakit.storage.hub import resolve_model
 
 __all__ = ["Conversion", "Output", "convert"]
 
@@ -54,10 +55,8 @@ class Conversion:
     """How to convert."""
 
     to: Output = "hf"
-    """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the HF layout.
-
-    adapter is an adapter that stays one: PEFT's, for transformers' classes.
-    """
+    """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the HF layout; adapter leaves
+    an adapter one, for peft over transformers' classes."""
     tokenizer: Path | None = None
     """Folder of the tokenizer, where it is not the source's."""
     fresh: Fresh | None = None
@@ -130,7 +129,7 @@ def convert(
 def _open(source: Path, how: Conversion) -> Iterator[_Opened]:
     with _open_source(source, how) as opened:
         if not isinstance(opened.config, LlavaConfig) and how.sources.vision_tower is not None and how.to != "text":
-            tower = tower_folder({}, how.sources.vision_tower, allow_pickle=how.sources.allow_pickle)
+            tower = resolve_model(how.sources.vision_tower, allow_pickle=how.sources.allow_pickle)
             with open_tower(tower, allow_pickle=how.sources.allow_pickle) as seen:
                 yield _built(opened, tower, seen, Fresh() if how.fresh is None else how.fresh)
         elif how.fresh is not None:
@@ -198,7 +197,8 @@ def _new_config(opened: _Opened, to: Output) -> LlamaConfig | LlavaConfig:
     config = opened.config
     if not isinstance(config, LlavaConfig):
         if to != "hf":
-            raise ConfigError(f"this is a language model ({config.model_type}) without a vision tower; only --to hf can hold it")
+            kind = config.model_type
+            raise ConfigError(f"this is a language model ({kind}): only --to hf can hold it, and --vision-tower makes a LLaVA of it")
         return config
     if to == "text":
         return type(config.text_config).from_dict(config.text_config.to_dict())

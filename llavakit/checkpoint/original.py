@@ -75,6 +75,8 @@ def read_tower_config(folder: Path) -> dict[str, Any]:
 def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate | None, *, tokenizer: Path) -> LlavaProcessor:
     """Build the processor of an original folder, as build_processor does. Raises: CheckpointError."""
     stated = config.to_dict()
+    # The releases with it put pictures behind the question, and their tokenizers stripped the white space around these tokens, as no
+    # later code does: prompts of today's form would not be those of the training.
     if stated.get("mm_use_im_start_end"):
         raise CheckpointError(f"{folder} puts <im_start> and <im_end> around pictures (mm_use_im_start_end), which is not supported")
     images = default_images(config, stated.get("image_aspect_ratio"))

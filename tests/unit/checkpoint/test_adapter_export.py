@@ -98,6 +98,17 @@ def test_every_family_and_the_old_file(tmp_path: Path, oracle: Any, family: str)
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
 
 
+def test_an_adapter_of_llava_next(tmp_path: Path) -> None:
+    config = family_config("1.6-mistral")
+    theirs = hf_family(config)
+    copy_weights(theirs, LlavaLlamaForCausalLM(config)).save_pretrained(tmp_path / "base", processor=None)
+    fresh, wrapped = copy.deepcopy(theirs), trained(theirs, r=2, lora_alpha=4, target_modules=["k_proj"], modules_to_save=["linear_1"])
+    wrapped.save_pretrained(tmp_path / "adapter")
+    in_old_form(tmp_path / "adapter", "4.36")
+    export(tmp_path / "adapter", tmp_path / "new", base=tmp_path / "base", allow_pickle=True)
+    assert_same(merged(PeftModel.from_pretrained(fresh, tmp_path / "new")), merged(wrapped))
+
+
 def make_lora(tmp_path: Path, kind: str = "v1.5", beside: Mapping[str, Tensor] = MappingProxyType({})) -> Path:
     """Write LLaVA's own LoRA folder in half precision, over the folder `original`."""
     made = make_original(tmp_path, kind)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llavakit import LLM, Conversation, LlavaLlamaForCausalLM, LlavaProcessor, SamplingParams
@@ -126,6 +127,18 @@ def test_other_language_models(tmp_path: Path, decoder: str) -> None:
     fresh = build(tmp_path, decoder=decoder)
     assert load_config(fresh).to_dict()["text_config"]["model_type"] == decoder
     assert LLM.load(fresh, device="cpu").chat(Conversation.ask("", PICTURE), SamplingParams(max_tokens=3)).ids
+
+
+def test_an_adapters_language_model(tmp_path: Path) -> None:
+    folder, name = tmp_path / "adapter", "model.layers.1.self_attn.q_proj"
+    folder.mkdir()
+    values = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": str(save_decoder(tmp_path / "decoder"))}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    factors = {f"{name}.lora_A.weight": torch.ones(1, 64), f"{name}.lora_B.weight": torch.ones(64, 1)}
+    save_file({f"base_model.model.{key}": weight for key, weight in factors.items()}, folder / "adapter_model.safetensors")
+    convert(folder, tmp_path / "fresh", Conversion(sources=Sources(vision_tower=save_tower(tmp_path / "tower"))))
+    made, plain = tensors_of(tmp_path / "fresh"), tensors_of(tmp_path / "decoder")
+    assert torch.equal(made[f"language_model.{name}.weight"], plain[f"{name}.weight"] + 1)
 
 
 def test_metas_own_files_in_half_precision(tmp_path: Path) -> None:
