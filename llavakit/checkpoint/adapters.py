@@ -24,20 +24,22 @@ from llavakit.storage.documents import read_json
 from llavakit.storage.pickle_tensors import PickleFile
 from llavakit.storage.tensors import FilePlace, OpenTensors, TensorFile, TensorSource, TensorSpec
 
-__all__ = ["ADAPTER_CONFIG", "Adapter", "Merged", "base_of_adapter"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_PREFIX", "ADAPTER_WEIGHTS", "WHOLE", "Adapter", "Change", "Merged", "base_of_adapter"]
 
 ADAPTER_CONFIG = "adapter_config.json"
-_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PREFIX = "base_model.model."
+_FILES = (ADAPTER_WEIGHTS, "adapter_model.bin")
 _KEY = re.compile(r"(?P<path>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.default)?(\.weight)?")
 _PLAIN = re.compile(r"(?P<path>.+?)(\.modules_to_save|\.base_layer)?(\.default)?\.(?P<kind>weight|bias)")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _PAIRS = (("lora_A", "lora_B"), _EMBEDDING)
-_WHOLE = "whole"
+WHOLE = "whole"
+"""The kind of a tensor that takes a weight's place."""
 
 
 @dataclass(slots=True)
-class _Change:
+class Change:
     """What an adapter does to one weight: names of its tensors by their kind."""
 
     path: str
@@ -46,7 +48,7 @@ class _Change:
     @property
     def is_whole(self) -> bool:
         """Whether the adapter brings the weight itself."""
-        return _WHOLE in self.names
+        return WHOLE in self.names
 
     @property
     def pair(self) -> tuple[str, str] | None:
@@ -59,11 +61,11 @@ class Adapter:
 
     def __init__(self, folder: Path, layout: Layout, *, allow_pickle: bool) -> None:
         """Open it. Raises: CheckpointError for kinds of adapters other than LoRA, and tensors whose names are not understood."""
-        self.config = read_json(folder / ADAPTER_CONFIG)
+        self.config, self.layout = read_json(folder / ADAPTER_CONFIG), layout
         _check_config(self.config)
-        self._file = _open(folder, allow_pickle=allow_pickle)
+        self.tensors: OpenTensors = _open(folder, allow_pickle=allow_pickle)
         try:
-            self.changes = _changes(self._file, layout)
+            self.changes = _changes(self.tensors, layout)
         except CheckpointError:
             self.close()
             raise
@@ -71,7 +73,7 @@ class Adapter:
     def whole_spec(self, target: str) -> TensorSpec | None:
         """Return the spec of a weight that the adapter brings itself."""
         change = self.changes.get(target)
-        return None if change is None or not change.is_whole else self._file.specs[change.names[_WHOLE]]
+        return None if change is None or not change.is_whole else self.tensors.specs[change.names[WHOLE]]
 
     def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """List the changes that fit no weight of the model."""
@@ -84,41 +86,48 @@ class Adapter:
                 found.append(f"{change.path} is made for a weight {list(wanted)}, the model has {list(shape)}")
         return found
 
+    def rank(self, change: Change) -> int | None:
+        """Return the rank of what a change adds; None where it adds nothing."""
+        return None if change.pair is None else self.tensors.specs[change.names[change.pair[0]]].shape[0]
+
+    def alpha(self, change: Change) -> Any:
+        """Return lora_alpha of a changed module."""
+        return _by_pattern(self.config.get("alpha_pattern"), change.path, self.config.get("lora_alpha", 8))
+
     def apply(self, target: str, weight: Tensor) -> Tensor:
         """Return a weight with the adapter in it, in its own dtype."""
         change = self.changes.get(target)
         if change is None:
             return weight
         if change.is_whole:
-            weight = self._file.read(change.names[_WHOLE]).to(weight.dtype)
+            weight = self.tensors.read(change.names[WHOLE]).to(weight.dtype)
         if change.pair is None:
             return weight
         product = self._product(change, change.pair)
         if "lora_magnitude_vector" not in change.names:
             return (weight.float() + product).to(weight.dtype)
-        magnitude_O = self._file.read(change.names["lora_magnitude_vector"]).float().flatten()
+        magnitude_O = self.tensors.read(change.names["lora_magnitude_vector"]).float().flatten()
         changed = weight.float() + product
         factor_O: Tensor = magnitude_O / torch.linalg.norm(changed, dim=1)
         return (factor_O.view(-1, 1) * changed).to(weight.dtype)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self.tensors.close()
 
-    def _product(self, change: _Change, pair: tuple[str, str]) -> Tensor:
-        a_RI, b_OR = (self._file.read(change.names[kind]).float() for kind in pair)
+    def _product(self, change: Change, pair: tuple[str, str]) -> Tensor:
+        a_RI, b_OR = (self.tensors.read(change.names[kind]).float() for kind in pair)
         product = b_OR @ a_RI
-        return (product.T if pair == _EMBEDDING else product) * self._scale(change.path, a_RI.shape[0])
+        return (product.T if pair == _EMBEDDING else product) * self._scale(change, a_RI.shape[0])
 
-    def _scale(self, path: str, rank: int) -> float:
-        alpha = _by_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha", 8))
-        return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
+    def _scale(self, change: Change, rank: int) -> float:
+        return float(self.alpha(change)) / (rank**0.5 if self.config.get("use_rslora") else rank)
 
-    def _shape(self, change: _Change) -> tuple[int, ...] | None:
+    def _shape(self, change: Change) -> tuple[int, ...] | None:
         """Return the shape of the weight that the factors are made for."""
         if change.pair is None:
             return None
-        columns, rows = self._file.specs[change.names[change.pair[0]]].shape[1], self._file.specs[change.names[change.pair[1]]].shape[0]
+        columns, rows = self.tensors.specs[change.names[change.pair[0]]].shape[1], self.tensors.specs[change.names[change.pair[1]]].shape[0]
         return (columns, rows) if change.pair == _EMBEDDING else (rows, columns)
 
 
@@ -178,12 +187,12 @@ def _open(folder: Path, *, allow_pickle: bool) -> OpenTensors:
     raise CheckpointError(f"the adapter {folder} has {hint}")
 
 
-def _changes(file: OpenTensors, layout: Layout) -> dict[str, _Change]:
+def _changes(file: OpenTensors, layout: Layout) -> dict[str, Change]:
     """Sort an adapter's tensors by the weight they change. Raises: CheckpointError listing what is not understood."""
-    changes: dict[str, _Change] = {}
+    changes: dict[str, Change] = {}
     problems = []
     for name in file.specs:
-        key = name.removeprefix(_PREFIX)
+        key = name.removeprefix(ADAPTER_PREFIX)
         match, is_whole = _KEY.fullmatch(key), False
         if match is None:
             match, is_whole = _PLAIN.fullmatch(key), True
@@ -191,9 +200,9 @@ def _changes(file: OpenTensors, layout: Layout) -> dict[str, _Change]:
         if match is None or target is None:
             problems.append(name)
             continue
-        change = changes.setdefault(target, _Change(match["path"]))
-        change.names[_WHOLE if is_whole else match["kind"]] = name
-    problems += [change.path for change in changes.values() if change.pair is None and set(change.names) != {_WHOLE}]
+        change = changes.setdefault(target, Change(match["path"]))
+        change.names[WHOLE if is_whole else match["kind"]] = name
+    problems += [change.path for change in changes.values() if change.pair is None and set(change.names) != {WHOLE}]
     if problems:
         raise CheckpointError(f"the adapter's tensors are not understood: {', '.join(problems[:10])}")
     return changes

@@ -1,12 +1,14 @@
 """From one layout to another, tensor by tensor.
 
-Owns: convert and its three outputs: the HF layout (LLaVA or language model), original LLaVA's, a LLaVA's language model alone.
+Owns: convert and its outputs: the HF layout (LLaVA or language model), original LLaVA's, a LLaVA's language model alone; adapters that
+stay adapters go to adapter_export. With a vision tower a language model becomes a fresh LLaVA on its way.
 Invariants: all names and shapes are settled before a weight is read; memory holds one tensor; the destination appears whole or not
 at all; without a change of dtype weights keep their bits. A vocabulary that grew for <image> is cut to its old size on the way back.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llavakit.checkpoint.adapter_export import export_adapter
+from llavakit.checkpoint.fresh import Fresh, fresh_config, fresh_processor, fresh_projector
 from llavakit.checkpoint.hf import MAX_SHARD_BYTES, write_checkpoint
+from llavakit.checkpoint.layouts import LANGUAGE_MODEL
 from llavakit.checkpoint.load import build_core
 from llavakit.checkpoint.opening import Checkpoint, Weight, open_checkpoint
 from llavakit.checkpoint.original import write_original
-from llavakit.checkpoint.parts import Sources, is_adapter
+from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_tower
 from llavakit.errors import ConfigError
 from llavakit.logs import logger
 from llavakit.model.config import LlamaConfig
@@ -27,12 +32,15 @@ from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import resized_rows
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
+from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.ahead import read_ahead
-from llavakit.storage.folder import atomic_folder
+from llavakit.storage.folder import new_folder
+from llavakit.storage.hub import resolve_model
 
 __all__ = ["Conversion", "Output", "convert"]
 
-Output = Literal["hf", "original", "text"]
+Output = Literal["hf", "original", "text", "adapter"]
 _LOG = logger("checkpoint")
 _TEXT = "language_model."
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
@@ -46,9 +54,12 @@ class Conversion:
     """How to convert."""
 
     to: Output = "hf"
-    """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the HF layout."""
+    """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the HF layout; adapter leaves
+    an adapter one, for peft over transformers' classes."""
     tokenizer: Path | None = None
     """Folder of the tokenizer, where it is not the source's."""
+    fresh: Fresh | None = None
+    """What the LLaVA over a language model and sources.vision_tower gets beside them; None where the usual, or where there is none."""
     sources: Sources = field(default_factory=Sources)
     """What the folder needs beside itself, and whether pickle files are read."""
     dtype: torch.dtype | None = None
@@ -83,12 +94,15 @@ def convert(
     progress is told the bytes that are done and those in all. Raises: CheckpointError, ConfigError; StorageError where the destination
     exists (an empty folder may).
     """
-    with open_checkpoint(source, how.sources, tokenizer=how.tokenizer, text_only=how.to == "text") as opened:
+    if how.to == "adapter":
+        if how.dtype is not None or how.fresh is not None:
+            raise ConfigError("an adapter keeps its dtype, and no LLaVA is built for it; leave out what asks for either")
+        return export_adapter(source, destination, how.sources, is_dry=how.is_dry)
+    with _open(source, how) as opened:
         plan = _plan(opened, how)
         if how.is_dry:
             return list(plan.sources)
-        is_empty = destination.is_dir() and not any(destination.iterdir())
-        with atomic_folder(destination, overwrite=is_empty, hashes=how.hashes) as folder:
+        with new_folder(destination, hashes=how.hashes) as folder:
             tensors = read_ahead(_read(plan, how.dtype, progress))
             write = write_original if how.to == "original" else write_checkpoint
             write(
@@ -101,6 +115,31 @@ def convert(
                 max_shard_bytes=how.max_shard_bytes,
             )
     return list(plan.sources)
+
+
+@contextlib.contextmanager
+def _open(source: Path, how: Conversion) -> Iterator[Checkpoint]:
+    with open_checkpoint(source, how.sources, tokenizer=how.tokenizer, text_only=how.to == "text") as opened:
+        if not isinstance(opened.config, LlavaConfig) and how.sources.vision_tower is not None and how.to != "text":
+            tower = resolve_model(how.sources.vision_tower, allow_pickle=how.sources.allow_pickle)
+            with open_tower(tower, allow_pickle=how.sources.allow_pickle) as seen:
+                yield _built(opened, tower, seen, Fresh() if how.fresh is None else how.fresh)
+        elif how.fresh is not None:
+            raise ConfigError("a projector, template or seed is for a fresh LLaVA: a language model alone, and --vision-tower")
+        else:
+            yield opened
+
+
+def _built(language_model: Checkpoint, tower: Path, seen: Part, fresh: Fresh) -> Checkpoint:
+    """Build the parts of a fresh LLaVA."""
+    words, text = language_model.processor, language_model.config
+    assert isinstance(words, LlamaTokenizer | LlamaTokenizerFast)
+    assert isinstance(text, LlamaConfig)
+    config = fresh_config(text, tower, fresh)
+    processor = fresh_processor(words, config, tower, fresh.template)
+    read = [Part(part.tensors, LANGUAGE_MODEL) for part in language_model.parts]
+    dtype = read[0].tensors.specs["model.embed_tokens.weight"].dtype
+    return Checkpoint(config, (*read, seen, fresh_projector(config, dtype, fresh.seed)), processor)
 
 
 def _plan(opened: Checkpoint, how: Conversion) -> _Plan:
@@ -116,7 +155,8 @@ def _new_config(opened: Checkpoint, to: Output) -> LlamaConfig | LlavaConfig:
     config = opened.config
     if not isinstance(config, LlavaConfig):
         if to != "hf":
-            raise ConfigError(f"this is a language model ({config.model_type}) without a vision tower; only --to hf can hold it")
+            kind = config.model_type
+            raise ConfigError(f"this is a language model ({kind}): only --to hf can hold it, and --vision-tower makes a LLaVA of it")
         return config
     if to == "text":
         return type(config.text_config).from_dict(config.text_config.to_dict())

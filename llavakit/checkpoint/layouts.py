@@ -12,7 +12,7 @@ import re
 
 from llavakit.checkpoint.rules import Drop, Layout, Rename
 
-__all__ = ["LANGUAGE_MODEL", "LLAMA", "LLAMA_DECODER", "LLAVA_HF", "TOWER", "original_layout"]
+__all__ = ["LANGUAGE_MODEL", "LLAMA", "LLAMA_DECODER", "LLAVA_HF", "LLAVA_MODULES", "TOWER", "original_layout"]
 
 _PROJECTOR, _ORIGINAL_TOWER = "model.mm_projector.", "model.vision_tower.vision_tower."
 _DROPS = (
@@ -39,6 +39,17 @@ LLAVA_HF = Layout(
     ),
     drops=_DROPS,
 )
+LLAVA_MODULES = Layout(
+    name="transformers' LLaVA in memory",
+    renames=(
+        Rename("model.language_model.", "language_model.model."),
+        Rename("lm_head.", "language_model.lm_head."),
+        Rename("model.vision_tower.", "vision_tower.vision_model."),
+        Rename("model.image_newline", "image_newline"),
+        Rename("model.multi_modal_projector.", "multi_modal_projector."),
+    ),
+)
+"""Family 5.x, by which PEFT finds the modules of LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
 TOWER = Layout(
     name="vision tower",
     renames=(

@@ -1,6 +1,7 @@
 """Original LLaVA's folders: what their config.json means, and the processor that they leave to the code.
 
-Owns: read_original_config, original_processor, write_original. Refuses: the folder's name, by which original LLaVA chooses.
+Owns: read_original_config, original_processor, write_original, and their parts that a fresh LLaVA is made of.
+Refuses: the folder's name, by which original LLaVA chooses.
 Sources: llava/model/builder.py, clip_encoder.py and mm_utils.py of LLaVA and LLaVA-NeXT.
 """
 
@@ -23,20 +24,27 @@ from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig, LlavaNextConfig, published_tower
+from llavakit.model.vision_config import TOWERS, ClipVisionConfig
 from llavakit.processing.chat import ChatTemplate
 from llavakit.processing.image import Aspect, ImageProcessor
 from llavakit.processing.processor import LlavaProcessor
-from llavakit.processing.template_choice import template_of_checkpoint
+from llavakit.processing.template_choice import TEMPLATE_KEY, template_of_checkpoint, trained_template
 from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.documents import read_json, write_json
 from llavakit.storage.tensors import write_tensors
 
-__all__ = ["original_processor", "read_original_config", "write_original"]
+__all__ = ["build_processor", "default_images", "original_processor", "read_original_config", "read_tower_config", "write_original"]
 
 _IMAGE_TOKEN = "<image>"
 _HALF = (0.5, 0.5, 0.5)
+_WHOLE_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+"""model_type of a tower with its text side -> that of the tower."""
+_CLIP_DEFAULTS = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 32,
+}  # fmt: skip
+"""What a CLIP's own file leaves out; in a LLaVA's file the defaults are those of CLIP-L at 336 pixels."""
 _ASPECTS: Mapping[str, Aspect] = {"pad": "pad", "anyres": "anyres", "square": "crop", "": "crop"}
 
 
@@ -46,24 +54,42 @@ def read_original_config(values: Mapping[str, Any], vision_tower: str | Path | N
     Raises: ConfigError, CheckpointError.
     """
     if "vision_config" not in values and (vision_tower is not None or not _is_published(values.get("mm_vision_tower"))):
-        described = read_json(tower_folder(values, vision_tower, allow_pickle=False, weights=False) / "config.json")
-        values = {**values, "vision_config": described.get("vision_config", described)}
+        values = {**values, "vision_config": read_tower_config(tower_folder(values, vision_tower, allow_pickle=False, weights=False))}
     config = LlavaConfig.from_dict(values)
     if not config.vision_config.has_cls:
         config.vision_feature_select_strategy = "full"  # nothing is dropped, which transformers calls so
     return config
 
 
-def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate | None, *, tokenizer: Path) -> LlavaProcessor:
-    """Build the processor of an original folder, and give config the id of its <image> token, which comes after the tokenizer's.
+def read_tower_config(folder: Path) -> dict[str, Any]:
+    """Read what a tower's own config.json says, or that of a whole CLIP or SigLIP. Raises: CheckpointError."""
+    values = read_json(folder / "config.json")
+    part = values.get("vision_config", values)
+    stated = values.get("model_type")
+    kind = part.get("model_type", _WHOLE_TOWERS.get(str(stated))) if isinstance(part, Mapping) else None
+    if kind not in TOWERS:
+        raise CheckpointError(f"{folder} holds a {stated!r}, which is no tower; {', '.join((*_WHOLE_TOWERS, *TOWERS))} are read")
+    return {**(_CLIP_DEFAULTS if kind == ClipVisionConfig.model_type else {}), **part, "model_type": kind}
 
-    That id may lie beyond the embedding: no prompt looks it up. So may that of <pad>, which is added where there is no pad token.
-    Raises: CheckpointError.
-    """
+
+def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate | None, *, tokenizer: Path) -> LlavaProcessor:
+    """Build the processor of an original folder, as build_processor does. Raises: CheckpointError."""
     stated = config.to_dict()
+    # The releases with it put pictures behind the question, and their tokenizers stripped the white space around these tokens, as no
+    # later code does: prompts of today's form would not be those of the training.
     if stated.get("mm_use_im_start_end"):
         raise CheckpointError(f"{folder} puts <im_start> and <im_end> around pictures (mm_use_im_start_end), which is not supported")
-    words = load_tokenizer(tokenizer)
+    images = default_images(config, stated.get("image_aspect_ratio"))
+    return build_processor(load_tokenizer(tokenizer), config, images, template_of_checkpoint(folder, named=template).template)
+
+
+def build_processor(
+    words: LlamaTokenizer | LlamaTokenizerFast, config: LlavaConfig, images: ImageProcessor, template: ChatTemplate
+) -> LlavaProcessor:
+    """Put a processor together, and give config the id of its <image> token, which comes after the tokenizer's.
+
+    That id may lie beyond the embedding: no prompt looks it up. So may that of <pad>, which is added where there is no pad token.
+    """
     words.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]})
     index = words.find_token(_IMAGE_TOKEN)
     assert index is not None, "it was just added"
@@ -73,8 +99,8 @@ def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate
     vision = config.vision_config
     return LlavaProcessor(
         tokenizer=words,
-        image_processor=_image_processor(config, stated.get("image_aspect_ratio")),
-        template=template_of_checkpoint(folder, named=template).template,
+        image_processor=images,
+        template=template,
         image_token_id=index,
         patch_size=vision.patch_size,
         keep_cls=config.vision_feature_select_strategy == "full",
@@ -82,7 +108,8 @@ def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate
     )
 
 
-def _image_processor(config: LlavaConfig, ratio: object) -> ImageProcessor:
+def default_images(config: LlavaConfig, ratio: object) -> ImageProcessor:
+    """Build the image processor that an image_aspect_ratio means for a tower. Raises: CheckpointError."""
     side, is_siglip = config.vision_config.image_size, not config.vision_config.has_cls
     aspect = _ASPECTS.get("" if ratio is None else str(ratio))
     if aspect is None:
@@ -125,15 +152,20 @@ def write_original(
     layout = original_layout(model.config.projector_depth)
     names = {name: _file_name(layout, name) for name, _ in model.named_parameters()}
     specs = {names[name]: (dtypes[name], tuple(weight.shape)) for name, weight in model.named_parameters()}
-    tokenizer = _tokenizer_without(processor, model.config.text_config.vocab_size)
+    num_rows = model.config.text_config.vocab_size
+    tokenizer = _tokenizer_without(processor, num_rows)
+    pad = tokenizer.pad_token_id
     values = {
         **_config_values(model.config, processor),
-        "pad_token_id": tokenizer.pad_token_id,
+        "pad_token_id": pad if pad is not None and pad < num_rows else None,  # the processor's own <pad> has no row
         "torch_dtype": common_dtype_name(dtypes.values()),
     }
     write_json(folder / "config.json", values)
     write_tensors(folder, specs, ((names[name], tensor) for name, tensor in tensors), max_shard_bytes=max_shard_bytes)
     tokenizer.save_pretrained(folder)
+    told = template_of_checkpoint(folder)
+    if trained_template(told) != trained_template(replace(told, template=processor.template)):
+        write_json(folder / "processor_config.json", {TEMPLATE_KEY: processor.template.name})  # original LLaVA takes it from --version
     if (source / GENERATION_NAME).is_file():
         write_json(folder / GENERATION_NAME, read_json(source / GENERATION_NAME))
     copy_licences(source, folder)
@@ -148,7 +180,11 @@ def _file_name(layout: Layout, name: str) -> str:
 def _config_values(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, Any]:
     """Write the flat form; the tower lies in the folder, so original LLaVA has to take it from there."""
     values = config.to_original_dict()
-    images = processor.image_processor
+    images, usual = processor.image_processor, default_images(config, None)
+    if (images.mean, images.std) != (usual.mean, usual.std):
+        raise ConfigError(
+            f"original LLaVA's folders leave mean and std of pictures to the tower's kind, which are not {images.mean}, {images.std}"
+        )
     is_padded = images.aspect == "pad" or processor.preprocessing_note is not None
     values.setdefault("image_aspect_ratio", "pad" if is_padded else None)
     return {name: value for name, value in values.items() if name not in WEIGHT_KEYS} | {"unfreeze_mm_vision_tower": True}

@@ -28,7 +28,7 @@ from llavakit.storage.hub import resolve_model
 from llavakit.storage.pickle_tensors import PICKLE, PickleFile
 from llavakit.storage.tensors import FilePlace, TensorFolder, TensorSource, TensorSpec
 
-__all__ = ["Part", "Sources", "is_adapter", "kind_of_folder", "open_parts", "tower_folder"]
+__all__ = ["Part", "Sources", "is_adapter", "kind_of_folder", "open_adapter", "open_parts", "open_tower", "tower_folder"]
 
 _PROJECTOR_FILE, _BESIDE_LORA = "mm_projector.bin", "non_lora_trainables.bin"
 
@@ -53,7 +53,10 @@ class Sources:
     base: str | Path | None = None
     """Folder or hub id of the model that an adapter, a delta or a projector belongs to."""
     vision_tower: str | Path | None = None
-    """Folder or hub id in place of the tower that an original LLaVA's config names; opened only where the folder holds none."""
+    """Folder or hub id in place of the tower that an original LLaVA's config names; opened only where the folder holds none.
+
+    With a language model alone, convert builds a fresh LLaVA of the two.
+    """
     allow_pickle: bool = False
     """Read pickle files where there are no safetensors."""
 
@@ -83,6 +86,22 @@ def open_parts(folder: Path, model: nn.Module, sources: Sources = Sources()) -> 
         yield tuple(_Opening(files, model, sources).parts(folder))
 
 
+@contextlib.contextmanager
+def open_tower(folder: Path, *, allow_pickle: bool) -> Iterator[Part]:
+    """Open the files of a tower, or of a whole CLIP or SigLIP. Raises: CheckpointError."""
+    with _weights(folder, allow_pickle=allow_pickle) as files:
+        yield Part(files, TOWER)
+
+
+@contextlib.contextmanager
+def open_adapter(folder: Path, model: nn.Module, sources: Sources = Sources()) -> Iterator[tuple[Adapter, tuple[Part, ...]]]:
+    """Open an adapter without the weights of its base, and what was trained beside it. Raises: CheckpointError."""
+    with contextlib.ExitStack() as files:
+        opening = _Opening(files, model, sources)
+        adapter = opening.adapter(folder, opening.module_names(folder))
+        yield adapter, tuple(opening.trained(folder, adapter.layout))
+
+
 @dataclass(frozen=True, slots=True)
 class _Opening:
     """The opening of a model's files; whatever was opened is closed with the stack."""
@@ -106,7 +125,7 @@ class _Opening:
         if is_adapter(folder) or not _has_weights(folder):
             base = self.sources.base_folder(folder)
             base_layout = layout if kind_of_folder(base) is Kind.ORIGINAL else LANGUAGE_MODEL
-            parts = [Part(self._open(base, base_layout), base_layout), *self._trained(folder, layout)]
+            parts = [Part(self._open(base, base_layout), base_layout), *self.trained(folder, layout)]
             parts = _without_doubles(parts)
             parts = self._merged(parts, folder, layout) if is_adapter(folder) else parts
         else:
@@ -117,7 +136,7 @@ class _Opening:
             parts.append(Part(self._open(tower, TOWER), TOWER))
         return parts
 
-    def _trained(self, folder: Path, layout: Layout) -> list[Part]:
+    def trained(self, folder: Path, layout: Layout) -> list[Part]:
         """Open what LLaVA's trainings write beside no whole model: mm_projector.bin, non_lora_trainables.bin."""
         found = [folder / name for name in (_PROJECTOR_FILE, _BESIDE_LORA) if (folder / name).is_file()]
         if not found and not is_adapter(folder):
@@ -131,10 +150,24 @@ class _Opening:
             parts.append(Part(_View(file, _plain_names(file.specs)), layout))
         return parts
 
-    def _merged(self, parts: list[Part], folder: Path, layout: Layout) -> list[Part]:
-        """Merge an adapter, whose modules' names are those of a layout."""
+    def adapter(self, folder: Path, layout: Layout) -> Adapter:
+        """Open an adapter, whose modules' names are those of a layout."""
         adapter = Adapter(folder, layout, allow_pickle=self.sources.allow_pickle)
         self.files.callback(adapter.close)
+        return adapter
+
+    def module_names(self, folder: Path) -> Layout:
+        """Return the names that modules have in the class that an adapter was trained in: its own config's, or its base's."""
+        kind = kind_of_folder(folder)
+        if kind is None:
+            return _Opening(self.files, self.model, replace(self.sources, base=None)).module_names(self.sources.base_folder(folder))
+        if kind is Kind.ORIGINAL and isinstance(self.model, LlavaCore):
+            return original_layout(self.model.config.projector_depth)
+        return _layout(self.model)
+
+    def _merged(self, parts: list[Part], folder: Path, layout: Layout) -> list[Part]:
+        """Merge an adapter, whose modules' names are those of a layout."""
+        adapter = self.adapter(folder, layout)
         if problems := adapter.problems(_shapes_by_target(parts)):
             raise CheckpointError(f"the adapter {folder} does not fit its base: {'; '.join(problems[:10])}")
         return [Part(Merged(part.tensors, part.layout, adapter), part.layout) for part in parts]
@@ -146,9 +179,7 @@ class _Opening:
 
     def _open(self, folder: Path, layout: Layout) -> TensorSource:
         """Open a folder's files, quantised ones as dense tensors."""
-        safe = weight_format(folder)
-        is_pickle = self.sources.allow_pickle and not safe.is_in(folder) and PICKLE.is_in(folder)
-        tensors = dense_tensors(self.files.enter_context(TensorFolder(folder, PICKLE if is_pickle else safe)), folder)
+        tensors = dense_tensors(self.files.enter_context(_weights(folder, allow_pickle=self.sources.allow_pickle)), folder)
         if not isinstance(tensors, Unpacked):
             return tensors
         # AutoGPTQ gave each module a bias, of zeros where the model has none.
@@ -198,6 +229,12 @@ def _plain_names(names: Collection[str]) -> dict[str, str]:
     shown = {name.removeprefix("base_model."): name for name in names}
     is_nested = any(name.startswith("model.model.") for name in shown)
     return {name.removeprefix("model.") if is_nested else name: stored for name, stored in shown.items()}
+
+
+def _weights(folder: Path, *, allow_pickle: bool) -> TensorFolder:
+    safe = weight_format(folder)
+    is_pickle = allow_pickle and not safe.is_in(folder) and PICKLE.is_in(folder)
+    return TensorFolder(folder, PICKLE if is_pickle else safe)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -23,6 +23,7 @@ _COMMANDS = (
     ("doctor", "Show what this machine can run."),
     ("reproduce", "Train the embedded miniature from nothing."),
     ("convert", "Convert a checkpoint into another layout."),
+    ("merge", "Merge an adapter, a delta or a projector into its base."),
     ("verify", "Compare two checkpoints, or a folder with its manifest."),
     ("convert-llama-weights", "Convert Llama weights from Meta's own files."),
 )

@@ -1,12 +1,13 @@
 """Changing a built model: fresh weights, and which of them train.
 
-Owns: init_weights, freeze, resize_vocabulary and resized_rows. Later fusing, quantising and LoRA join here; nothing else may touch a
-model's modules.
+Owns: init_weights, init_projector, freeze, resize_vocabulary and resized_rows. Later fusing, quantising and LoRA join here; nothing
+else may touch a model's modules.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import TokenEmbedding
+from llavakit.model.projector import MultiModalProjector
 
-__all__ = ["TrainableRow", "freeze", "init_weights", "resize_vocabulary", "resized_rows"]
+__all__ = ["TrainableRow", "freeze", "init_projector", "init_weights", "resize_vocabulary", "resized_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,17 @@ def init_weights(model: nn.Module, std: float, generator: torch.Generator) -> No
         for module in model.modules():
             if isinstance(module, TokenEmbedding):
                 module.zero_pad_row()
+
+
+def init_projector(projector: MultiModalProjector, generator: torch.Generator) -> None:
+    """Fill a projector as original LLaVA does, which leaves its layers as torch.nn.Linear draws them, in the same order."""
+    with torch.no_grad():
+        for layer in projector.children():
+            assert isinstance(layer, nn.Linear)
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+            if layer.bias is not None:
+                bound = 1 / math.sqrt(layer.in_features)
+                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
 def freeze(model: nn.Module, trainable: Sequence[str]) -> list[TrainableRow]:

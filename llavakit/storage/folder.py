@@ -22,7 +22,16 @@ from pathlib import Path
 
 from llavakit.errors import StorageError
 
-__all__ = ["MANIFEST_NAME", "FileEntry", "atomic_folder", "fsync_folder", "manifest_problems", "read_manifest", "remove_unfinished"]
+__all__ = [
+    "MANIFEST_NAME",
+    "FileEntry",
+    "atomic_folder",
+    "fsync_folder",
+    "manifest_problems",
+    "new_folder",
+    "read_manifest",
+    "remove_unfinished",
+]
 
 MANIFEST_NAME = "manifest.json"
 _VERSION = 1
@@ -70,6 +79,14 @@ def atomic_folder(destination: Path, *, overwrite: bool, carry: Callable[[str], 
         raise StorageError(f"saving {destination} failed: {error}; what was there before is unchanged") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path, *, hashes: bool = True) -> Iterator[Path]:
+    """Yield as atomic_folder does for a destination that is not there yet, or empty. Raises: StorageError."""
+    is_empty = destination.is_dir() and not any(destination.iterdir())
+    with atomic_folder(destination, overwrite=is_empty, hashes=hashes) as folder:
+        yield folder
 
 
 def remove_unfinished(parent: Path) -> None:

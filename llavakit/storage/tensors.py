@@ -40,6 +40,7 @@ __all__ = [
     "WeightFormat",
     "read_into",
     "sorted_by_place",
+    "write_file",
     "write_tensors",
 ]
 
@@ -254,7 +255,7 @@ def write_tensors(
     shards = _plan_shards(specs, max_shard_bytes)
     names = [_SINGLE_NAME] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, {tensor: specs[tensor] for tensor in shard}, tensors)
+        write_file(folder / name, {tensor: specs[tensor] for tensor in shard}, tensors)
     if next(tensors, None) is not None:
         raise CheckpointError("more tensors came than were announced")
     if len(shards) > 1:
@@ -276,7 +277,8 @@ def _plan_shards(specs: Mapping[str, tuple[torch.dtype, Sequence[int]]], max_sha
     return shards
 
 
-def _write_shard(path: Path, specs: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterator[tuple[str, Tensor]]) -> None:
+def write_file(path: Path, specs: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Write the next of the tensors, which must be those of specs, into one file. Raises: CheckpointError."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in specs.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 from llavakit import LLM, Conversation, LlamaForCausalLM, LlavaLlamaForCausalLM, SamplingParams
 from llavakit.checkpoint.convert import Conversion, convert
 from llavakit.checkpoint.parts import Sources
+from llavakit.cli.main import run
 from llavakit.errors import CheckpointError
 from llavakit.storage.tensors import TensorFolder
 from tests.original_folders import make_original, original_names
@@ -82,6 +83,34 @@ def test_an_adapter_names_its_base(tmp_path: Path, base: Path) -> None:
     conversation, params = Conversation.ask("a red circle"), SamplingParams(max_tokens=6)
     answers = [LLM.load(tmp_path / name, device="cpu").chat(conversation, params).ids for name in ("adapter", "merged")]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("kind", ["plain", "rank-stabilised", "DoRA", "patterns", "embedding and head"])
+def test_the_command_merges_as_peft_does(tmp_path: Path, base: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    wrapped = trained(hf_llama(), **ADAPTERS[kind])
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert run(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--base", str(base)]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out == f"{tmp_path / 'merged'}\n"
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "merged").state_dict(), merged(wrapped))
+
+
+def test_the_command_merges_projectors_and_refuses_whole_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, folder = make_original(tmp_path, "v1.5"), tmp_path / "pretrained"
+    convert(made.path, tmp_path / "vicuna", Conversion(to="text"))
+    folder.mkdir()
+    (folder / "config.json").write_text((made.path / "config.json").read_text())
+    weights = original_names({name: weight.detach() for name, weight in made.model.named_parameters()})
+    torch.save({name: weight for name, weight in weights.items() if "mm_projector" in name}, folder / "mm_projector.bin")
+    options = ["--base", str(tmp_path / "vicuna"), "--allow-pickle"]
+    assert run(["merge", str(folder), str(tmp_path / "merged"), *options]) == 0
+    convert(made.path, tmp_path / "hf")
+    assert_same(*(LlavaLlamaForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("merged", "hf")))
+    capsys.readouterr()
+    assert run(["merge", str(tmp_path / "hf"), str(tmp_path / "no"), *options]) == 2
+    assert "is a whole model" in capsys.readouterr().err
+    assert run(["merge", str(made.path), str(tmp_path / "no")]) == 2
+    assert "name its base with --base" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("family", ["1.5", "1.6-mistral"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llavakit import LLM, Conversation, LlamaForCausalLM, LlavaLlamaForCausalLM, LlavaProcessor, SamplingParams
@@ -15,11 +16,12 @@ from llavakit.checkpoint.load import load_config
 from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.processing.image import decode_image
+from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.tensors import TensorFolder
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
 from tests.original_folders import KINDS, OriginalFolder, make_original
-from tests.tiny import NUM_PIECES, tiny_processor
+from tests.tiny import NUM_PIECES, tiny_processor, tiny_tokenizer
 
 PICTURE = to_png(render(Scene((), Backdrop("plain", (9, 99, 199), (0, 0, 0), 0)), 70, 30))
 GREEDY = SamplingParams(max_tokens=8)
@@ -115,6 +117,25 @@ def test_a_pad_token_is_added_where_there_is_none(tmp_path: Path) -> None:
     assert answer(original.path) == answer(tmp_path / "hf")
 
 
+def test_the_patch_token_of_old_folders_is_only_a_row(tmp_path: Path) -> None:
+    """LLaVA adds <im_patch> where mm_use_im_patch_token is set or absent; no prompt holds it, and <image> comes behind it."""
+    original = make_original(tmp_path, "v1.5").path
+    values = json.loads((original / "config.json").read_text())
+    del values["mm_use_im_patch_token"]
+    (original / "config.json").write_text(json.dumps({**values, "vocab_size": NUM_PIECES + 1}))
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    weights = tensors_of(original)
+    save_file({**weights, **{name: torch.cat((weights[name], torch.ones(1, 64))) for name in tables}}, original / "model.safetensors")
+    LlamaTokenizer(tiny_tokenizer().files()["tokenizer.model"], added_tokens={"<im_patch>": NUM_PIECES}).save_pretrained(original)
+    convert(original, tmp_path / "hf")
+    assert answer(original) == answer(tmp_path / "hf")
+    assert load_config(tmp_path / "hf").to_dict()["image_token_index"] == NUM_PIECES + 1
+    convert(tmp_path / "hf", tmp_path / "back", Conversion(to="original"))
+    back = tensors_of(tmp_path / "back")
+    assert all(torch.equal(back[name], tensors_of(original)[name]) for name in tables)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["mm_use_im_patch_token"] is True
+
+
 def test_what_the_weights_were_trained_with_is_written(tmp_path: Path) -> None:
     convert(make_original(tmp_path, "v1.5").path, tmp_path / "hf")
     processor = LlavaProcessor.from_pretrained(tmp_path / "hf")
@@ -159,10 +180,11 @@ def edit(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+NARROW = {"image_size": 28, "patch_size": 7}
 FAULTS: dict[str, tuple[Callable[[OriginalFolder], object], str]] = {
     "no tower": (lambda made: edit(made.path, mm_vision_tower="/no/such/tower"), "--vision-tower names a folder"),
     "an unnamed tower": (lambda made: edit(made.path, mm_vision_tower=7), "says? which tower it is|names no mm_vision_tower"),
-    "another tower": (lambda made: edit(made.tower or made.path, vision_config={"hidden_size": 48, "image_size": 28}), "mm_hidden_size"),
+    "another tower": (lambda made: edit(made.tower or made.path, vision_config={**NARROW, "hidden_size": 48}), "mm_hidden_size"),
     "another projector": (lambda made: edit(made.path, mm_projector_type="mlp3x_gelu"), "missing multi_modal_projector.linear_3"),
     "tokens around pictures": (lambda made: edit(made.path, mm_use_im_start_end=True), "mm_use_im_start_end"),
     "another ratio": (lambda made: edit(made.path, image_aspect_ratio="golden"), "image_aspect_ratio='golden'"),
