@@ -22,6 +22,7 @@ from llavakit.errors import CheckpointError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
+from llavakit.ops.threads import one_thread
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.load import load_tokenizer
@@ -62,7 +63,9 @@ class Weight:
             return
         for start in range(0, spec.num_bytes, _PIECE_BYTES):
             piece = place.read(min(_PIECE_BYTES, spec.num_bytes - start), start).view(spec.dtype)
-            yield checked(self.name, piece, dtype)
+            with one_thread():
+                piece = checked(self.name, piece, dtype)
+            yield piece
 
 
 @dataclass(frozen=True)

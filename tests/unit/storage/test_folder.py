@@ -18,7 +18,7 @@ import pytest
 from benchmarks.harness import write_result
 from llavakit.errors import StorageError
 from llavakit.storage import folder as module
-from llavakit.storage.folder import MANIFEST_NAME, atomic_folder, manifest_problems, read_manifest, remove_unfinished
+from llavakit.storage.folder import MANIFEST_NAME, FileEntry, atomic_folder, manifest_problems, new_folder, read_manifest, remove_unfinished
 
 FILES = ("a.txt", "b.bin", "sub/c.txt")
 
@@ -286,3 +286,13 @@ def test_leftovers_of_living_processes_stay(tmp_path: Path) -> None:
     mine.mkdir()
     save(tmp_path / "out", "x")
     assert mine.is_dir()
+
+
+def test_a_manifest_may_do_without_hashes(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out", hashes=False) as temporary:
+        (temporary / "a.txt").write_text("abc")
+    entries = read_manifest(tmp_path / "out")
+    assert entries == {"a.txt": FileEntry(3, None)}
+    assert manifest_problems(tmp_path / "out", check_hashes=True) == []
+    (tmp_path / "out" / "a.txt").write_text("abcd")
+    assert manifest_problems(tmp_path / "out", check_hashes=True) == ["a.txt has 4 bytes, expected 3"]

@@ -249,3 +249,29 @@ def test_one_file_counts_before_an_index(tmp_path: Path) -> None:
     save(tmp_path, {"x": torch.ones(2)})
     write_index(tmp_path, {"y": "gone.safetensors"})
     assert set(read_all(tmp_path)) == {"x"}
+
+
+def test_tensors_may_come_in_flat_pieces(tmp_path: Path) -> None:
+    table, nothing = torch.arange(12.0).view(3, 4), torch.empty(0, 4)
+    specs = {"table": (torch.float32, (3, 4)), "nothing": (torch.float32, (0, 4))}
+    pieces = [("table", piece) for piece in table.reshape(-1).split(5)]
+    write_tensors(tmp_path, specs, iter([*pieces, ("nothing", nothing)]), max_shard_bytes=10**6)
+    with TensorFolder(tmp_path) as files:
+        assert torch.equal(files.read("table"), table)
+        assert files.read("nothing").shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [("a", torch.zeros(5))],
+        [("a", torch.zeros(5)), ("a", torch.zeros(8))],
+        [("a", torch.zeros(5)), ("b", torch.zeros(7))],
+        [("a", torch.zeros(4, 3))],
+        [("a", torch.zeros(12, dtype=torch.float16))],
+        [("a", torch.zeros(12)), ("a", torch.zeros(1))],
+    ],
+)
+def test_pieces_must_make_the_tensor(tmp_path: Path, pieces: list[tuple[str, torch.Tensor]]) -> None:
+    with pytest.raises(CheckpointError, match=r"expected tensor 'a'|more tensors came"):
+        write_tensors(tmp_path, {"a": (torch.float32, (3, 4))}, iter(pieces), max_shard_bytes=10**6)
