@@ -38,6 +38,7 @@ from llavakit.storage.tensors import write_tensors
 __all__ = ["build_processor", "default_images", "original_processor", "read_original_config", "read_tower_config", "write_original"]
 
 _IMAGE_TOKEN = "<image>"
+_MARKS = ("<im_start>", "<im_end>")
 _HALF = (0.5, 0.5, 0.5)
 _WHOLE_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """model_type of a tower with its text side -> that of the tower."""
@@ -75,12 +76,13 @@ def read_tower_config(folder: Path) -> dict[str, Any]:
 def original_processor(folder: Path, config: LlavaConfig, template: ChatTemplate | None, *, tokenizer: Path) -> LlavaProcessor:
     """Build the processor of an original folder, as build_processor does. Raises: CheckpointError."""
     stated = config.to_dict()
-    # The releases with it put pictures behind the question, and their tokenizers stripped the white space around these tokens, as no
-    # later code does: prompts of today's form would not be those of the training.
-    if stated.get("mm_use_im_start_end"):
-        raise CheckpointError(f"{folder} puts <im_start> and <im_end> around pictures (mm_use_im_start_end), which is not supported")
     images = default_images(config, stated.get("image_aspect_ratio"))
-    return build_processor(load_tokenizer(tokenizer), config, images, template_of_checkpoint(folder, named=template).template)
+    processor = build_processor(load_tokenizer(tokenizer), config, images, template_of_checkpoint(folder, named=template).template)
+    if not stated.get("mm_use_im_start_end"):
+        return processor
+    if missing := [mark for mark in _MARKS if processor.tokenizer.find_token(mark) is None]:
+        raise CheckpointError(f"{folder} puts tokens around pictures (mm_use_im_start_end), its tokenizer lacks {' and '.join(missing)}")
+    return replace(processor, image_marks=_MARKS)
 
 
 def build_processor(
@@ -187,7 +189,8 @@ def _config_values(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, 
         )
     is_padded = images.aspect == "pad" or processor.preprocessing_note is not None
     values.setdefault("image_aspect_ratio", "pad" if is_padded else None)
-    return {name: value for name, value in values.items() if name not in WEIGHT_KEYS} | {"unfreeze_mm_vision_tower": True}
+    kept = {name: value for name, value in values.items() if name not in WEIGHT_KEYS}
+    return {**kept, "unfreeze_mm_vision_tower": True, "mm_use_im_start_end": processor.image_marks is not None}
 
 
 def _tokenizer_without(processor: LlavaProcessor, num_rows: int) -> LlamaTokenizer | LlamaTokenizerFast:

@@ -69,8 +69,11 @@ def _by_system(text: str, *names: str, default: str) -> ChatTemplate:
     return TEMPLATES[default]
 
 
-def jinja_text(template: ChatTemplate) -> str:
-    """Write a template as the chat_template.jinja that transformers reads. Raises: PromptError for one that holds no conversations."""
+def jinja_text(template: ChatTemplate, image_marks: tuple[str, str] | None = None) -> str:
+    """Write a template as the chat_template.jinja that transformers reads, image_marks around each <image>.
+
+    Raises: PromptError for one that holds no conversations.
+    """
     turns = template.form
     if not isinstance(turns, Turns):
         raise PromptError(f"template {template.name!r} has no chat form; use v1 to talk")
@@ -80,9 +83,12 @@ def jinja_text(template: ChatTemplate) -> str:
     before, after = ("", "") if turns.system is None else turns.system
     show_system = f"{{%- if system is defined -%}}{_show(turns, before)}{{{{ system }}}}{_show(turns, after)}{{%- endif -%}}"
     between = f"{{%- if not is_first -%}}{_show(turns, turns.between)}{{%- endif -%}}" if turns.between else ""
+    contents = _PLACES_MACRO if turns.keeps_places else _FIRST_MACRO
+    if image_marks is not None:
+        contents = contents.replace("<image>", _literal("<image>".join(image_marks))[1:-1])
     inside = f"{{%- if is_first -%}}{show_system}{{%- endif -%}}" if turns.is_system_inside else ""
     return (
-        f"{_TEXT_MACRO}{_PLACES_MACRO if turns.keeps_places else _FIRST_MACRO}"
+        f"{_TEXT_MACRO}{contents}"
         "{%- if messages[0]['role'] == 'system' -%}"
         f"{{%- set system = text_of(messages[0]){trims['system']} -%}}{otherwise}{{%- endif -%}}"
         f"{'' if turns.is_system_inside else show_system}"

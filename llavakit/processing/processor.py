@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Unpack
 
@@ -24,7 +24,7 @@ from llavakit.geometry import ImageGrid, num_image_tokens, patch_grid
 from llavakit.processing.chat import ChatTemplate, Turns
 from llavakit.processing.image import DEFAULT_LIMITS, ImageLimits, ImageProcessor, decode_image, image_digest, image_size
 from llavakit.processing.jinja import jinja_text
-from llavakit.processing.segments import EncodedChat, MarkerIds, Segment, encode_segments
+from llavakit.processing.segments import EncodedChat, MarkerIds, Segment, encode_segments, find_marker
 from llavakit.processing.template_choice import TEMPLATE_KEY, template_of_checkpoint, trained_template, was_trained_padded
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
@@ -37,6 +37,8 @@ __all__ = ["LlavaProcessor", "Prompt"]
 _T = TypeVar("_T")
 _CROPPED = "the checkpoint's files crop the middle square of a picture, but LLaVA-1.5 was trained on pictures padded to a square"
 _MEMO_TEXTS = 1024
+_MARKS_KEY = "llavakit_image_marks"
+"""Our own entry in processor_config.json."""
 _MEMO_CHARACTERS = 512  # the system line and other constant stretches are shorter
 
 
@@ -84,6 +86,8 @@ class LlavaProcessor:
     """Whether the tower's class token takes a place in the prompt too (strategy "full")."""
     has_cls: bool = True
     """Whether the tower has a class token at all (CLIP has, SigLIP has not)."""
+    image_marks: tuple[str, str] | None = None
+    """Special tokens before and after each picture, where the weights were trained with them (LLaVA v1's mm_use_im_start_end)."""
     limits: ImageLimits = DEFAULT_LIMITS
     is_faithful: bool = False
     """Decode pictures as original LLaVA does (no rotation, transparency dropped), as evaluation wants it."""
@@ -99,7 +103,11 @@ class LlavaProcessor:
     @functools.cached_property
     def markers(self) -> MarkerIds:
         """The ids of the template's markers. Raises: CheckpointError where the tokenizer lacks one."""
-        return self.template.markers(self.tokenizer, self.image_token_id)
+        markers = self.template.markers(self.tokenizer, self.image_token_id)
+        if self.image_marks is None:
+            return markers
+        before, after = (find_marker(self.tokenizer, mark, self.template.name) for mark in self.image_marks)
+        return replace(markers, around_image=(before, after))
 
     @functools.cached_property
     def end_ids(self) -> frozenset[int]:
@@ -264,6 +272,7 @@ class LlavaProcessor:
             patch_size=patch_size,
             keep_cls=strategy == "full",
             has_cls=_first(str, "clip_vision_model", (vision, "model_type")) == "clip_vision_model",
+            image_marks=_read_marks(processor),
         )
 
     def files(self) -> dict[str, bytes]:
@@ -275,8 +284,9 @@ class LlavaProcessor:
             "patch_size": self.patch_size,
             "vision_feature_select_strategy": "full" if self.keep_cls else "default",
             TEMPLATE_KEY: self.template.name,
+            **({} if self.image_marks is None else {_MARKS_KEY: list(self.image_marks)}),
         }
-        chat = _chat_files(self.template) if isinstance(self.template.form, Turns) else {}
+        chat = _chat_files(self.template, self.image_marks) if isinstance(self.template.form, Turns) else {}
         return {
             **self.tokenizer.files(),
             "preprocessor_config.json": json_bytes(self.image_processor.to_dict()),
@@ -298,8 +308,18 @@ def _split_marks(text: str, mark: str) -> list[str]:
     return [part for text_part in parts[:-1] for part in (text_part, mark)] + parts[-1:]
 
 
-def _chat_files(template: ChatTemplate) -> dict[str, bytes]:
-    text = jinja_text(template)
+def _read_marks(processor: Mapping[str, Any]) -> tuple[str, str] | None:
+    match processor.get(_MARKS_KEY):
+        case None:
+            return None
+        case [str(before), str(after)]:
+            return before, after
+        case marks:
+            raise CheckpointError(f"processor_config.json has {_MARKS_KEY}={marks!r}; the tokens before and after a picture were expected")
+
+
+def _chat_files(template: ChatTemplate, marks: tuple[str, str] | None) -> dict[str, bytes]:
+    text = jinja_text(template, marks)
     return {"chat_template.jinja": text.encode(), "chat_template.json": json_bytes({"chat_template": text})}
 
 

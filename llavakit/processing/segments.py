@@ -58,6 +58,13 @@ class MarkerIds:
     """Special tokens by name."""
     has_opening: bool
     """Whether a prompt begins with bos, where the tokenizer has one."""
+    around_image: tuple[int, int] | None = None
+    """What stands before and after each picture's slots, where something does."""
+
+    def image_ids(self, num_slots: int) -> list[int]:
+        """Return the ids of a picture."""
+        before, after = ([], []) if self.around_image is None else ([index] for index in self.around_image)
+        return [*before, *[self.image] * num_slots, *after]
 
     def find(self, segment: Segment) -> int:
         """Return the id of a marker. Raises: PromptError when the tokenizer has no bos or eos."""
@@ -92,7 +99,7 @@ def find_marker(tokenizer: ChatTokenizer, token: str, template: str) -> int:
 
 
 def encode_segments(segments: Sequence[Segment], encode: Encode, markers: MarkerIds, slots: Iterable[int]) -> EncodedChat:
-    """Concatenate the opening bos and the segments' ids; the i-th picture takes the i-th of slots positions."""
+    """Concatenate the opening bos and the segments' ids; the i-th picture takes the i-th of slots positions, and what is around it."""
     opening = [markers.bos] if markers.has_opening and markers.bos is not None else []
     ids, mask, counts = list(opening), [False] * len(opening), []
     remaining = iter(slots)
@@ -101,7 +108,7 @@ def encode_segments(segments: Sequence[Segment], encode: Encode, markers: Marker
         if is_text:
             parts = _encode_stretch([segment.text for segment in run], encode)
         else:
-            parts = [[markers.find(segment)] * (next(remaining) if segment.kind == "image" else 1) for segment in run]
+            parts = [markers.image_ids(next(remaining)) if segment.kind == "image" else [markers.find(segment)] for segment in run]
         for segment, part in zip(run, parts, strict=True):
             ids += part
             mask += [segment.is_supervised] * len(part)

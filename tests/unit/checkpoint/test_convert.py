@@ -16,11 +16,13 @@ from llavakit.checkpoint.load import load_config
 from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.processing.image import decode_image
+from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.tensors import TensorFolder
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
 from tests.original_folders import KINDS, OriginalFolder, make_original
+from tests.originals import original_ids, original_prompt
 from tests.tiny import NUM_PIECES, tiny_processor, tiny_tokenizer
 
 PICTURE = to_png(render(Scene((), Backdrop("plain", (9, 99, 199), (0, 0, 0), 0)), 70, 30))
@@ -117,23 +119,53 @@ def test_a_pad_token_is_added_where_there_is_none(tmp_path: Path) -> None:
     assert answer(original.path) == answer(tmp_path / "hf")
 
 
+def make_old(folder: Path, *tokens: str, **values: Any) -> Path:
+    """Write a v1 folder whose tokenizer has further tokens, each with a row."""
+    original = make_original(folder, "v1").path
+    edit(original, vocab_size=NUM_PIECES + len(tokens), **values)
+    weights, tables = tensors_of(original), ("model.embed_tokens.weight", "lm_head.weight")
+    rows = torch.randn(len(tokens), 64, generator=torch.Generator().manual_seed(6))
+    save_file({**weights, **{name: torch.cat((weights[name], rows)) for name in tables}}, original / "model.safetensors")
+    added = {token: NUM_PIECES + place for place, token in enumerate(tokens)}
+    LlamaTokenizer(tiny_tokenizer().files()["tokenizer.model"], added_tokens=added).save_pretrained(original)
+    return original
+
+
 def test_the_patch_token_of_old_folders_is_only_a_row(tmp_path: Path) -> None:
     """LLaVA adds <im_patch> where mm_use_im_patch_token is set or absent; no prompt holds it, and <image> comes behind it."""
-    original = make_original(tmp_path, "v1.5").path
+    original = make_old(tmp_path, "<im_patch>")
     values = json.loads((original / "config.json").read_text())
     del values["mm_use_im_patch_token"]
-    (original / "config.json").write_text(json.dumps({**values, "vocab_size": NUM_PIECES + 1}))
-    tables = ("model.embed_tokens.weight", "lm_head.weight")
-    weights = tensors_of(original)
-    save_file({**weights, **{name: torch.cat((weights[name], torch.ones(1, 64))) for name in tables}}, original / "model.safetensors")
-    LlamaTokenizer(tiny_tokenizer().files()["tokenizer.model"], added_tokens={"<im_patch>": NUM_PIECES}).save_pretrained(original)
+    (original / "config.json").write_text(json.dumps(values))
     convert(original, tmp_path / "hf")
     assert answer(original) == answer(tmp_path / "hf")
     assert load_config(tmp_path / "hf").to_dict()["image_token_index"] == NUM_PIECES + 1
     convert(tmp_path / "hf", tmp_path / "back", Conversion(to="original"))
     back = tensors_of(tmp_path / "back")
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
     assert all(torch.equal(back[name], tensors_of(original)[name]) for name in tables)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["mm_use_im_patch_token"] is True
+
+
+def test_tokens_around_pictures_are_there_in_every_layout(tmp_path: Path) -> None:
+    tokens = ("<im_patch>", "<im_start>", "<im_end>")
+    original = make_old(tmp_path, *tokens, mm_use_im_start_end=True, mm_use_im_patch_token=True)
+    convert(original, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "back", Conversion(to="original"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["mm_use_im_start_end"] is True
+    asked = Conversation.ask("what is there?", PICTURE)
+    text = original_prompt("v1", [("<im_start><image><im_end>\nwhat is there?", None)])
+    for folder in (original, tmp_path / "hf", tmp_path / "back"):
+        llm = LLM.load(folder, device="cpu")
+        assert isinstance(llm.processor, LlavaProcessor)
+        ids, image = llm.processor.prompt(asked).ids, llm.processor.image_token_id
+        once = [token for place, token in enumerate(ids) if token != image or ids[place - 1] != image]
+        words = load_tokenizer(original)
+        assert isinstance(words, LlamaTokenizer)
+        assert once == original_ids(words, text, image)
+    assert answer(original) == answer(tmp_path / "hf") == answer(tmp_path / "back")
+    template = (tmp_path / "hf" / "chat_template.jinja").read_text()
+    assert "<im_start><image><im_end>\\n" in template
 
 
 def test_what_the_weights_were_trained_with_is_written(tmp_path: Path) -> None:
@@ -186,7 +218,7 @@ FAULTS: dict[str, tuple[Callable[[OriginalFolder], object], str]] = {
     "an unnamed tower": (lambda made: edit(made.path, mm_vision_tower=7), "says? which tower it is|names no mm_vision_tower"),
     "another tower": (lambda made: edit(made.tower or made.path, vision_config={**NARROW, "hidden_size": 48}), "mm_hidden_size"),
     "another projector": (lambda made: edit(made.path, mm_projector_type="mlp3x_gelu"), "missing multi_modal_projector.linear_3"),
-    "tokens around pictures": (lambda made: edit(made.path, mm_use_im_start_end=True), "mm_use_im_start_end"),
+    "no tokens around pictures": (lambda made: edit(made.path, mm_use_im_start_end=True), "its tokenizer lacks <im_start> and <im_end>"),
     "another ratio": (lambda made: edit(made.path, image_aspect_ratio="golden"), "image_aspect_ratio='golden'"),
     "several scales": (lambda made: edit(made.path, s2=True), "several scales"),
 }  # fmt: skip
