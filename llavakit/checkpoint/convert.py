@@ -1,6 +1,6 @@
 """From one layout to another, tensor by tensor.
 
-Owns: convert and its three outputs: the HF layout (LLaVA or language model), original LLaVA's, a LLaVA's language model alone.
+Owns: convert and its outputs: the HF layout (LLaVA or language model), original LLaVA's, a LLaVA's language model alone, GGUF.
 Invariants: all names and shapes are settled before a weight is read; memory holds one tensor; the destination appears whole or not
 at all; without a change of dtype weights keep their bits. A vocabulary that grew for <image> is cut to its old size on the way back.
 """
@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llavakit.checkpoint.gguf_write import GgufType, gguf_kinds, write_gguf
 from llavakit.checkpoint.hf import MAX_SHARD_BYTES, SideFiles, write_checkpoint
 from llavakit.checkpoint.layouts import LLAMA
-from llavakit.checkpoint.load import build_core, load_config, load_processor, plan_parts, processor_folder, read_weight
+from llavakit.checkpoint.load import build_core, load_config, load_processor, load_words, plan_parts, read_weight
 from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
 from llavakit.checkpoint.original import write_original
 from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_parts
@@ -29,13 +30,15 @@ from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import resized_rows
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.text import TextProcessor
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.folder import atomic_folder
+from llavakit.storage.gguf_file import GgufKind
 
 __all__ = ["Conversion", "Output", "convert"]
 
-Output = Literal["hf", "original", "text"]
+Output = Literal["hf", "original", "text", "gguf"]
 _LOG = logger("checkpoint")
 _TEXT = "language_model."
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
@@ -49,7 +52,9 @@ class Conversion:
     """How to convert."""
 
     to: Output = "hf"
-    """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the HF layout."""
+    """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the first, gguf is llama.cpp's."""
+    gguf_type: GgufType = "f16"
+    """How GGUF files store matrices."""
     tokenizer: Path | None = None
     """Folder of the tokenizer, where it is not the source's."""
     sources: Sources = field(default_factory=Sources)
@@ -67,7 +72,7 @@ class _Opened:
 
     config: LlamaConfig | LlavaConfig
     parts: tuple[Part, ...]
-    processor: SideFiles
+    processor: SideFiles | TextProcessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,9 @@ class _Plan:
     sources: Mapping[str, tuple[Part, str]]
     """By new parameter, in the order of writing."""
     dtypes: Mapping[str, torch.dtype]
+    """That they are read in."""
+    kinds: Mapping[str, GgufKind]
+    """How GGUF files store them; empty for other outputs."""
 
     def num_bytes(self) -> int:
         """Bytes of the source's tensors."""
@@ -93,24 +101,28 @@ def convert(
     progress is told the bytes that are done and those in all. Raises: CheckpointError, ConfigError; StorageError where the destination
     exists (an empty folder may).
     """
+    if how.to == "gguf" and how.dtype is not None:
+        raise ConfigError("GGUF files have kinds of their own: leave dtype out and choose gguf_type")
     with _open(source, how) as opened:
         plan = _plan(opened, how)
         if how.is_dry:
             return list(plan.sources)
         is_empty = destination.is_dir() and not any(destination.iterdir())
         with atomic_folder(destination, overwrite=is_empty) as folder:
-            tensors = _read(plan, how.dtype, progress)
-            write = write_original if how.to == "original" else write_checkpoint
-            write(
-                plan.core,
-                folder,
-                plan.dtypes,
-                tensors,
-                processor=opened.processor,
-                source=how.sources.base_folder(source) if is_adapter(source) else source,
-                max_shard_bytes=how.max_shard_bytes,
-            )
+            _write(opened, plan, folder, _read(plan, progress), how, source)
     return list(plan.sources)
+
+
+def _write(opened: _Opened, plan: _Plan, folder: Path, tensors: Iterator[tuple[str, Tensor]], how: Conversion, source: Path) -> None:
+    origin = how.sources.base_folder(source) if is_adapter(source) else source
+    if how.to == "gguf":
+        write_gguf(plan.core, folder, plan.kinds, tensors, processor=opened.processor, source=origin, type=how.gguf_type)
+        return
+    assert not isinstance(opened.processor, TextProcessor), "the other outputs take tokenizers"
+    write = write_original if how.to == "original" else write_checkpoint
+    write(
+        plan.core, folder, plan.dtypes, tensors, processor=opened.processor, source=origin, max_shard_bytes=how.max_shard_bytes
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -130,12 +142,10 @@ def _open(source: Path, how: Conversion) -> Iterator[_Opened]:
         yield _Opened(config, parts, processor)
 
 
-def _side_files(source: Path, config: LlamaConfig | LlavaConfig, how: Conversion) -> SideFiles:
-    if isinstance(config, LlavaConfig) and how.to != "text":
-        processor = load_processor(source, config, sources=how.sources)
-        assert isinstance(processor, LlavaProcessor)
-        return processor
-    words = load_tokenizer(processor_folder(source, how.sources))
+def _side_files(source: Path, config: LlamaConfig | LlavaConfig, how: Conversion) -> SideFiles | TextProcessor:
+    if how.to == "gguf" or (isinstance(config, LlavaConfig) and how.to != "text"):
+        return load_processor(source, config, sources=how.sources)
+    words = load_words(source, how.sources)
     _check_rows(words, config.get_text_config())
     return words
 
@@ -150,17 +160,21 @@ def _plan(opened: _Opened, how: Conversion) -> _Plan:
     plan = plan_parts(build_core(opened.config), opened.parts)
     found = {target: (opened.parts[number], name) for (number, name), target in plan.items()}
     core = build_core(_new_config(opened, how.to))
+    kinds = gguf_kinds(core, how.gguf_type) if how.to == "gguf" else {}
     prefix = _TEXT if how.to == "text" else ""
-    sources = {name: found[prefix + name] for name, _ in core.named_parameters()}
-    dtypes = {name: part.tensors.specs[source].dtype if how.dtype is None else how.dtype for name, (part, source) in sources.items()}
-    return _Plan(core, sources, dtypes)
+    sources = {name: found[prefix + name] for name, _ in core.named_parameters() if how.to != "gguf" or name in kinds}
+    stored = {name: part.tensors.specs[source].dtype for name, (part, source) in sources.items()}
+    asked = {name: torch.float32 if kind.is_packed else kind.dtype for name, kind in kinds.items()}
+    return _Plan(core, sources, asked or (stored if how.dtype is None else dict.fromkeys(stored, how.dtype)), kinds)
 
 
 def _new_config(opened: _Opened, to: Output) -> LlamaConfig | LlavaConfig:
     config = opened.config
+    if to == "gguf":
+        return config
     if not isinstance(config, LlavaConfig):
         if to != "hf":
-            raise ConfigError(f"this is a language model ({config.model_type}) without a vision tower; only --to hf can hold it")
+            raise ConfigError(f"this is a language model ({config.model_type}) without a vision tower; --to hf and gguf can hold it")
         return config
     if to == "text":
         return type(config.text_config).from_dict(config.text_config.to_dict())
@@ -186,12 +200,12 @@ def _with_rows(kind: type[LlavaConfig], values: dict[str, Any], rows: int) -> Ll
     return kind.from_dict(values)
 
 
-def _read(plan: _Plan, dtype: torch.dtype | None, progress: Callable[[int, int], None] | None) -> Iterator[tuple[str, Tensor]]:
+def _read(plan: _Plan, progress: Callable[[int, int], None] | None) -> Iterator[tuple[str, Tensor]]:
     """Read the weights in the order of writing; rows are added to or cut from the vocabulary's tables."""
     shapes = {name: tuple(weight.shape) for name, weight in plan.core.named_parameters()}
     done, total = 0, plan.num_bytes()
     for name, (part, source) in plan.sources.items():
-        tensor = read_weight(part.tensors, source, dtype)
+        tensor = read_weight(part.tensors, source, plan.dtypes[name])
         if tuple(tensor.shape) != shapes[name]:
             assert name.endswith(_EMBEDDINGS), "only the vocabulary changes its size"
             tensor = resized_rows(tensor, shapes[name][0])
