@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llavakit import LLM, Conversation, LlamaForCausalLM, LlamaModel, LlavaLlamaForCausalLM, SamplingParams
@@ -29,6 +30,7 @@ from llavakit.storage.gguf_file import GgufFile
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
 from tests.gguf_files import write_text, write_tower
+from tests.meta_files import MetaLlama
 from tests.original_folders import make_original
 from tests.real_data import llama2_tokenizer
 from tests.tiny import (
@@ -189,6 +191,21 @@ def test_biases_of_queries_and_keys_are_turned_too(tmp_path: Path) -> None:
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     loaded = LlamaForCausalLM.from_pretrained(write_text(tmp_path / "x.gguf", config, weights))
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_adapters_fit_gguf_bases(tmp_path: Path) -> None:
+    model = llama()
+    path = write_text(tmp_path / "x.gguf", llama_config(), {name: weight.detach() for name, weight in model.named_parameters()})
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}))
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 64, generator=generator), torch.randn(64, 2, generator=generator)
+    prefix = "base_model.model.model.layers.1.self_attn.q_proj"
+    save_file({f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, folder / "adapter_model.safetensors")
+    loaded, name = LlamaForCausalLM.from_pretrained(folder, base=path), "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(loaded.get_parameter(name), model.get_parameter(name) + b @ a * 2)
+    assert LLM.load(folder, base=path).chat(Conversation.ask("hello"), SamplingParams(max_tokens=2)).ids
 
 
 # Tokenizers and templates
@@ -370,6 +387,23 @@ def test_a_language_model_goes_there_and_back(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["Modelfile", "manifest.json", "model-f32.gguf"]
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "gguf")
     assert all(torch.equal(weight, loaded.get_parameter(name)) for name, weight in model.named_parameters())
+
+
+def test_metas_files_become_gguf(tmp_path: Path) -> None:
+    MetaLlama(num_files=2).save(tmp_path / "meta")
+    how = Conversion(to="gguf", gguf_type="f32", sources=Sources(allow_pickle=True))
+    convert(tmp_path / "meta", tmp_path / "gguf", how)
+    convert(tmp_path / "meta", tmp_path / "hf", dataclasses.replace(how, to="hf"))
+    first, second = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("hf", "gguf"))
+    assert all(torch.equal(weight.float(), second.get_parameter(name)) for name, weight in first.named_parameters())
+
+
+def test_a_saved_copy_of_a_gguf_model_is_complete(tmp_path: Path, model: LlavaLlamaForCausalLM) -> None:
+    folder = write_both(tmp_path / "gguf", model)
+    processor = load_processor(folder, load_config(folder))
+    assert isinstance(processor, LlavaProcessor)
+    LlavaLlamaForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "hf", processor=processor)
+    assert torch.equal(logits_of(LlavaLlamaForCausalLM.from_pretrained(tmp_path / "hf")), logits_of(model))
 
 
 def exported(folder: Path, source: Path, kind: GgufType) -> tuple[gguf.GGUFReader, gguf.GGUFReader]:
