@@ -122,7 +122,10 @@ def _llava_config(tower: GgufFile, text: LlamaConfig, tokens: list[str]) -> Llav
     kind = tower.value("clip.projector_type", str)
     if kind not in (None, "mlp"):
         raise CheckpointError(f"{tower.path} has a projector of the type {kind!r}; mlp is read")
-    num_layers, depths = num_tower_layers(tower), _feature_depths(tower)
+    num_layers = num_tower_layers(tower)
+    if (stated := tower.stated("clip.vision.block_count", int)) != num_layers:
+        raise CheckpointError(f"{tower.path} has {num_layers} layers of a tower, and states {stated}")
+    depths = _feature_depths(tower, num_layers)
     projector = {name.split(".")[1] for name in tower.specs if name.startswith("mm.")}
     image = tokens.index(_IMAGE_TOKEN) if _IMAGE_TOKEN in tokens else None
     layers = [depth - num_layers - 1 for depth in depths]
@@ -138,7 +141,7 @@ def _llava_config(tower: GgufFile, text: LlamaConfig, tokens: list[str]) -> Llav
         "pad_token_id": text.pad_token_id,
     }
     text.pad_token_id = None  # LLaVA's comes first
-    pinpoints = tower.numbers("clip.vision.image_grid_pinpoints")
+    pinpoints = tower.integers("clip.vision.image_grid_pinpoints")
     has_newline = "v.image_newline" in tower.specs or "model.image_newline" in tower.specs
     if not pinpoints and not has_newline:
         ratio = tower.value("clip.vision.image_aspect_ratio", str)
@@ -169,18 +172,17 @@ def _vision_config(tower: GgufFile, num_layers: int, *, is_clip: bool) -> ClipVi
     return SiglipVisionConfig.from_dict(shape)
 
 
-def _feature_depths(tower: GgufFile) -> list[int]:
+def _feature_depths(tower: GgufFile, num_layers: int) -> list[int]:
     """Return the hidden states that are the features, counted from the embedding."""
-    stated = tower.numbers("clip.vision.feature_layer")
-    if stated:
-        return [int(depth) for depth in stated]
+    if stated := tower.integers("clip.vision.feature_layer"):
+        return stated
     has_run_layers_only = tower.value("clip.has_llava_projector", bool) is True
-    return [tower.stated("clip.vision.block_count", int) - int(not has_run_layers_only)]
+    return [num_layers - int(not has_run_layers_only)]
 
 
 def _triple(tower: GgufFile, key: str, usual: tuple[float, float, float]) -> tuple[float, float, float]:
     """Return three numbers: the usual ones, where the file has their float32 form. Raises: CheckpointError."""
-    numbers = [float(number) for number in tower.numbers(key)]
+    numbers = tower.numbers(key)
     least = 1e-6 if key.endswith("std") else -1e3
     if len(numbers) != 3 or not all(least <= number < 1e3 for number in numbers):
         raise CheckpointError(f"{tower.path} states {key}={numbers[:8]}; expected three numbers")
@@ -226,10 +228,8 @@ def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     model = file.stated("tokenizer.ggml.model", str)
     if model != "llama":
         raise CheckpointError(f"{file.path} has a tokenizer of the kind {model!r}; llama (sentencepiece) is read")
-    texts, scores, types = (
-        file.texts("tokenizer.ggml.tokens"),
-        *(file.numbers(f"tokenizer.ggml.{name}") for name in ("scores", "token_type")),
-    )
+    texts = file.texts("tokenizer.ggml.tokens")
+    scores, types = file.numbers("tokenizer.ggml.scores"), file.integers("tokenizer.ggml.token_type")
     if not len(texts) == len(scores) == len(types):
         raise CheckpointError(f"{file.path} has {len(texts)} tokens, {len(scores)} scores and {len(types)} types")
     if not set(types) <= set(PieceType) or not all(abs(score) < _MAX_SCORE for score in scores):
@@ -240,7 +240,7 @@ def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     if len(ids) < len(own) or not texts:
         raise CheckpointError(f"{file.path} lacks tokens, or a bos or eos among them")
     num_pieces = 1 + max(max((index for index, kind in enumerate(types) if kind in _PIECES), default=0), *ids)
-    pieces = tuple(Piece(*entry) for entry in zip(texts[:num_pieces], scores[:num_pieces], map(int, types[:num_pieces]), strict=True))
+    pieces = tuple(Piece(*entry) for entry in zip(texts[:num_pieces], scores[:num_pieces], types[:num_pieces], strict=True))
     has_dummy_space = file.value("tokenizer.ggml.add_space_prefix", bool) is not False
     added = {
         str(index): entry_of_token(AddedToken(texts[index], normalized=False, special=_is_special(texts[index], types[index])))
@@ -258,5 +258,5 @@ def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     return {MODEL_NAME: SentencePieces(pieces, has_dummy_space).to_model(ids), "tokenizer_config.json": json_bytes(settings)}
 
 
-def _is_special(text: str, kind: float) -> bool:
+def _is_special(text: str, kind: int) -> bool:
     return kind == PieceType.CONTROL or text == _IMAGE_TOKEN

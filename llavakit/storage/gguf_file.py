@@ -14,7 +14,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -117,12 +117,13 @@ class GgufFile:
             raise CheckpointError(f"{self.path} states {key}={str(found)[:100]}; expected a list of texts")
         return found
 
-    def numbers(self, key: str) -> list[int] | list[float]:
+    def integers(self, key: str) -> list[int]:
+        """Look up a list of integers, empty where there is none. Raises: CheckpointError for another value."""
+        return [int(number) for number in self._array(key, "integers", "BbHhIiQq")]
+
+    def numbers(self, key: str) -> list[float]:
         """Look up a list of numbers, empty where there is none. Raises: CheckpointError for another value."""
-        found = self.metadata.get(key, array.array("i"))
-        if not isinstance(found, array.array):
-            raise CheckpointError(f"{self.path} states {key}={str(found)[:100]}; expected a list of numbers")
-        return [_shortest(number) for number in found] if found.typecode == "f" else found.tolist()
+        return [_shortest(number) for number in self._array(key, "numbers", "f")]
 
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype, a packed one as float32. Raises: CheckpointError when the disk fails."""
@@ -140,6 +141,12 @@ class GgufFile:
     def close(self) -> None:
         """Close the file; reading afterwards is an error."""
         os.close(self._descriptor)
+
+    def _array(self, key: str, kind: str, codes: str) -> Iterable[float]:
+        found = self.metadata.get(key, array.array(codes[0]))
+        if not isinstance(found, array.array) or found.typecode not in codes:
+            raise CheckpointError(f"{self.path} states {key}={str(found)[:100]}; expected a list of {kind}")
+        return found
 
     def _unpack(self, spec: TensorSpec, kind: GgufKind) -> Tensor:
         """Unpack some rows at a time, so that the library's copies stay small."""

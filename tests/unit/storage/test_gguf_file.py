@@ -82,7 +82,7 @@ def test_values_and_places_are_the_librarys(tmp_path: Path) -> None:
     }
     assert (file.value("long", int), file.value("eps", float)) == (1 << 40, 1e-5)
     assert file.texts("words") == theirs["words"]
-    assert file.numbers("numbers") == theirs["numbers"]
+    assert file.integers("numbers") == theirs["numbers"]
     assert file.numbers("fractions") == [0.5, 1e-5]
     assert {tensor.name: tensor.data_offset for tensor in reader.tensors} == {name: spec.start for name, spec in file.specs.items()}
 
@@ -93,6 +93,10 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path) -> None:
         file.value("eps", int)
     with pytest.raises(CheckpointError, match=r"expected a list of texts"):
         file.texts("numbers")
+    with pytest.raises(CheckpointError, match=r"expected a list of integers"):
+        file.integers("fractions")
+    with pytest.raises(CheckpointError, match=r"expected a list of numbers"):
+        file.numbers("words")
     with pytest.raises(CheckpointError, match=r"does not state nothing"):
         file.stated("nothing", int)
 
