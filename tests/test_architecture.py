@@ -27,7 +27,8 @@ LAYERS = {
 }  # fmt: skip
 NO_TORCH = {"errors", "types", "geometry", "config", "logs"}
 HEAVY = {"torch", "numpy", "PIL", "transformers", "safetensors", "sentencepiece", "tokenizers"}
-ORACLES = {"transformers", "peft", "gguf", "openai", "bitsandbytes"}
+ORACLES = {"transformers", "peft", "openai", "bitsandbytes"}
+OPTIONAL = {"gguf": {"storage/gguf_file.py"}}
 ESCAPES = {"importlib", "__import__", "pickle", "dill", "marshal", "eval", "exec", "compile", "import_module"}
 HARMLESS = {"importlib.metadata.version", "pickle.UnpicklingError"}
 BAD_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
@@ -81,6 +82,14 @@ def weight_complaints(name: str, tree: ast.Module) -> list[str]:
 
 def oracle_complaints(name: str, tree: ast.Module) -> list[str]:
     return [f"{name} imports {dotted}" for dotted in imports(tree) if dotted.split(".")[0] in ORACLES]
+
+
+def optional_complaints(name: str, tree: ast.Module) -> list[str]:
+    """Find imports of extras outside the one place that says how to install them, or at the top, where they would not be optional."""
+    at_top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    top = {dotted.split(".")[0] for dotted in imports(at_top)}
+    found = {dotted.split(".")[0] for dotted in imports(tree)} & OPTIONAL.keys()
+    return [f"{name} imports {extra}" for extra in found if name not in OPTIONAL[extra] or extra in top]
 
 
 def escape_complaints(name: str, tree: ast.Module) -> list[str]:
@@ -155,6 +164,7 @@ RULES = (
     layer_complaints,
     weight_complaints,
     oracle_complaints,
+    optional_complaints,
     escape_complaints,
     except_complaints,
     choke_point_complaints,
@@ -224,6 +234,8 @@ CULPRITS = (
     (weight_complaints, "training/config.py", "import torch"),
     (weight_complaints, "types.py", "from numpy import array"),
     (oracle_complaints, "engine/x.py", "from transformers import AutoModel"),
+    (optional_complaints, "checkpoint/x.py", "def f():\n    import gguf"),
+    (optional_complaints, "storage/gguf_file.py", "import gguf"),
     (escape_complaints, "model/x.py", "import importlib\nimportlib.import_module('llavakit.engine')"),
     (escape_complaints, "model/x.py", "__import__('llavakit.engine')"),
     (escape_complaints, "storage/x.py", "import pickle"),

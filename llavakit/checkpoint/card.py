@@ -100,7 +100,9 @@ def choose_licence(stated: str | None, source: Path | None) -> Licence:
 
 
 def find_licences(folder: Path) -> list[Path]:
-    """List the files that terms ask to be passed on: LICENSE, NOTICE, USE_POLICY and the like."""
+    """List the files that terms ask to be passed on: LICENSE, NOTICE, USE_POLICY and the like; none for a path that is no folder."""
+    if not folder.is_dir():
+        return []
     return sorted(path for path in folder.iterdir() if path.is_file() and _LICENCE_FILE.fullmatch(path.name))
 
 

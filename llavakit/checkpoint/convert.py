@@ -1,7 +1,7 @@
 """From one layout to another, tensor by tensor.
 
-Owns: convert and its outputs: the HF layout (LLaVA or language model), original LLaVA's, a LLaVA's language model alone; adapters that
-stay adapters go to adapter_export. With a vision tower a language model becomes a fresh LLaVA on its way.
+Owns: convert and its outputs: the HF layout (LLaVA or language model), original LLaVA's, a LLaVA's language model alone, GGUF; adapters
+that stay adapters go to adapter_export. With a vision tower a language model becomes a fresh LLaVA on its way.
 Invariants: all names and shapes are settled before a weight is read; memory holds one tensor; the destination appears whole or not
 at all; without a change of dtype weights keep their bits. A vocabulary that grew for <image> is cut to its old size on the way back.
 """
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from llavakit.checkpoint.adapter_export import export_adapter
 from llavakit.checkpoint.fresh import Fresh, fresh_config, fresh_processor, fresh_projector
+from llavakit.checkpoint.gguf_write import GgufType, gguf_kinds, write_gguf
 from llavakit.checkpoint.hf import MAX_SHARD_BYTES, write_checkpoint
 from llavakit.checkpoint.layouts import LANGUAGE_MODEL
 from llavakit.checkpoint.load import build_core
-from llavakit.checkpoint.opening import Checkpoint, Weight, open_checkpoint
+from llavakit.checkpoint.opening import Checkpoint, Need, Weight, open_checkpoint
 from llavakit.checkpoint.original import write_original
 from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_tower
 from llavakit.errors import ConfigError
@@ -32,21 +33,24 @@ from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import resized_rows
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.text import TextProcessor
 from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.ahead import read_ahead
 from llavakit.storage.folder import new_folder
+from llavakit.storage.gguf_file import GgufKind
 from llavakit.storage.hub import resolve_model
 
 __all__ = ["Conversion", "Output", "convert"]
 
-Output = Literal["hf", "original", "text", "adapter"]
+Output = Literal["hf", "original", "text", "gguf", "adapter"]
 _LOG = logger("checkpoint")
 _TEXT = "language_model."
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 _OLD_ROWS = "original_vocab_size"
 """Our key in config.json: the rows before <image> needed one."""
 _MULTIPLE = 64
+_NEEDS: Mapping[Output, Need] = {"text": "words", "gguf": "chat"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +58,10 @@ class Conversion:
     """How to convert."""
 
     to: Output = "hf"
-    """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the HF layout; adapter leaves
-    an adapter one, for peft over transformers' classes."""
+    """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the first, gguf is llama.cpp's;
+    adapter leaves an adapter one, for peft over transformers' classes."""
+    gguf_type: GgufType = "f16"
+    """How GGUF files store matrices."""
     tokenizer: Path | None = None
     """Folder of the tokenizer, where it is not the source's."""
     fresh: Fresh | None = None
@@ -80,6 +86,9 @@ class _Plan:
     sources: Mapping[str, Weight]
     """By new parameter, in the order of writing."""
     dtypes: Mapping[str, torch.dtype]
+    """That they are read in."""
+    kinds: Mapping[str, GgufKind]
+    """How GGUF files store them; empty for other outputs."""
 
     def num_bytes(self) -> int:
         """Bytes of the source's tensors."""
@@ -98,28 +107,33 @@ def convert(
         if how.dtype is not None or how.fresh is not None:
             raise ConfigError("an adapter keeps its dtype, and no LLaVA is built for it; leave out what asks for either")
         return export_adapter(source, destination, how.sources, is_dry=how.is_dry)
+    if how.to == "gguf" and how.dtype is not None:
+        raise ConfigError("GGUF files have kinds of their own: leave dtype out and choose gguf_type")
     with _open(source, how) as opened:
         plan = _plan(opened, how)
         if how.is_dry:
             return list(plan.sources)
         with new_folder(destination, hashes=how.hashes) as folder:
-            tensors = read_ahead(_read(plan, how.dtype, progress))
-            write = write_original if how.to == "original" else write_checkpoint
-            write(
-                plan.core,
-                folder,
-                plan.dtypes,
-                tensors,
-                processor=opened.processor,
-                source=how.sources.base_folder(source) if is_adapter(source) else source,
-                max_shard_bytes=how.max_shard_bytes,
-            )
+            _write(opened, plan, folder, read_ahead(_read(plan, progress)), how, source)
     return list(plan.sources)
+
+
+def _write(opened: Checkpoint, plan: _Plan, folder: Path, tensors: Iterator[tuple[str, Tensor]], how: Conversion, source: Path) -> None:
+    origin = how.sources.base_folder(source) if is_adapter(source) else source
+    if how.to == "gguf":
+        write_gguf(plan.core, folder, plan.kinds, tensors, processor=opened.processor, source=origin, type=how.gguf_type)
+        return
+    assert not isinstance(opened.processor, TextProcessor), "the other outputs take tokenizers"
+    write = write_original if how.to == "original" else write_checkpoint
+    write(
+        plan.core, folder, plan.dtypes, tensors, processor=opened.processor, source=origin, max_shard_bytes=how.max_shard_bytes
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
 def _open(source: Path, how: Conversion) -> Iterator[Checkpoint]:
-    with open_checkpoint(source, how.sources, tokenizer=how.tokenizer, text_only=how.to == "text") as opened:
+    needs = _NEEDS.get(how.to, "files")
+    with open_checkpoint(source, how.sources, tokenizer=how.tokenizer, needs=needs) as opened:
         if not isinstance(opened.config, LlavaConfig) and how.sources.vision_tower is not None and how.to != "text":
             tower = resolve_model(how.sources.vision_tower, allow_pickle=how.sources.allow_pickle)
             with open_tower(tower, allow_pickle=how.sources.allow_pickle) as seen:
@@ -145,18 +159,22 @@ def _built(language_model: Checkpoint, tower: Path, seen: Part, fresh: Fresh) ->
 def _plan(opened: Checkpoint, how: Conversion) -> _Plan:
     """Decide on names and shapes alone. Raises: CheckpointError, ConfigError."""
     core = build_core(_new_config(opened, how.to))
+    kinds = gguf_kinds(core, how.gguf_type) if how.to == "gguf" else {}
     prefix = _TEXT if how.to == "text" else ""
-    sources = {name: opened.weights[prefix + name] for name, _ in core.named_parameters()}
-    dtypes = {name: weight.spec.dtype if how.dtype is None else how.dtype for name, weight in sources.items()}
-    return _Plan(core, sources, dtypes)
+    sources = {name: opened.weights[prefix + name] for name, _ in core.named_parameters() if how.to != "gguf" or name in kinds}
+    stored = {name: weight.spec.dtype for name, weight in sources.items()}
+    asked = {name: torch.float32 if kind.is_packed else kind.dtype for name, kind in kinds.items()}
+    return _Plan(core, sources, asked or (stored if how.dtype is None else dict.fromkeys(stored, how.dtype)), kinds)
 
 
 def _new_config(opened: Checkpoint, to: Output) -> LlamaConfig | LlavaConfig:
     config = opened.config
+    if to == "gguf":
+        return config
     if not isinstance(config, LlavaConfig):
         if to != "hf":
             kind = config.model_type
-            raise ConfigError(f"this is a language model ({kind}): only --to hf can hold it, and --vision-tower makes a LLaVA of it")
+            raise ConfigError(f"this is a language model ({kind}): --to hf and gguf can hold it, and --vision-tower makes a LLaVA of it")
         return config
     if to == "text":
         return type(config.text_config).from_dict(config.text_config.to_dict())
@@ -182,12 +200,15 @@ def _with_rows(kind: type[LlavaConfig], values: dict[str, Any], rows: int) -> Ll
     return kind.from_dict(values)
 
 
-def _read(plan: _Plan, dtype: torch.dtype | None, progress: Callable[[int, int], None] | None) -> Iterator[tuple[str, Tensor]]:
-    """Read the weights in the order of writing, in pieces; rows are added to or cut from the vocabulary's tables."""
+def _read(plan: _Plan, progress: Callable[[int, int], None] | None) -> Iterator[tuple[str, Tensor]]:
+    """Read the weights in the order of writing, for GGUF whole, else in pieces; rows are added to or cut from the vocabulary's tables."""
     shapes = {name: tuple(weight.shape) for name, weight in plan.core.named_parameters()}
     done, total = 0, plan.num_bytes()
     for name, weight in plan.sources.items():
-        if weight.spec.shape == shapes[name]:
+        dtype = plan.dtypes[name]
+        if plan.kinds:
+            yield name, weight.read(dtype)
+        elif weight.spec.shape == shapes[name]:
             yield from ((name, piece) for piece in weight.pieces(dtype))
         else:
             assert name.endswith(_EMBEDDINGS), "only the vocabulary changes its size"

@@ -53,8 +53,6 @@ def foreign_kind(files: Collection[str]) -> str | None:
     """Name what a folder without config.json holds, by its file names; None where nothing is known."""
     if "params.json" in files and any(name.startswith("consolidated.") for name in files):
         return "Meta's own layout; llava convert-llama-weights makes a folder of the Hugging Face layout from it"
-    if any(name.endswith(".gguf") for name in files):
-        return "a GGUF file; use the safetensors version of the model"
     if "mm_projector.bin" in files:
         return "the projector of a LLaVA pre-training without its config.json"
     return None

@@ -100,7 +100,7 @@ def write_checkpoint(
     write_tensors(folder, specs, tensors, max_shard_bytes=max_shard_bytes)
     if processor is not None:
         processor.save_pretrained(folder)
-    if source is not None and source.is_dir():
+    if source is not None:
         copy_licences(source, folder)
 
 

@@ -9,10 +9,21 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 
 from llavakit.checkpoint.rules import Drop, Layout, Rename
 
-__all__ = ["LANGUAGE_MODEL", "LLAMA", "LLAMA_DECODER", "LLAVA_HF", "LLAVA_MODULES", "TOWER", "original_layout"]
+__all__ = [
+    "LANGUAGE_MODEL",
+    "LLAMA",
+    "LLAMA_DECODER",
+    "LLAVA_HF",
+    "LLAVA_MODULES",
+    "TOWER",
+    "gguf_layout",
+    "gguf_tower_layout",
+    "original_layout",
+]
 
 _PROJECTOR, _ORIGINAL_TOWER = "model.mm_projector.", "model.vision_tower.vision_tower."
 _DROPS = (
@@ -94,5 +105,68 @@ def original_layout(projector_depth: int) -> Layout:
         drops=(
             *_DROPS,
             Drop(rf"{re.escape(_ORIGINAL_TOWER)}(vision_model\.)?(embeddings\.position_ids|head\..+)", "a constant, or unused"),
+        ),
+    )
+
+
+_GGUF_LAYER: Mapping[str, str] = {
+    "attn_q.": "self_attn.q_proj.", "attn_k.": "self_attn.k_proj.", "attn_v.": "self_attn.v_proj.", "attn_output.": "self_attn.o_proj.",
+    "attn_norm.": "input_layernorm.", "ffn_norm.": "post_attention_layernorm.",
+    "ffn_gate.": "mlp.gate_proj.", "ffn_up.": "mlp.up_proj.", "ffn_down.": "mlp.down_proj.",
+}  # fmt: skip
+_GGUF_TOWER_LAYER: Mapping[str, str] = {
+    "attn_q.": "self_attn.q_proj.", "attn_k.": "self_attn.k_proj.", "attn_v.": "self_attn.v_proj.", "attn_out.": "self_attn.out_proj.",
+    "ln1.": "layer_norm1.", "ln2.": "layer_norm2.",
+}  # fmt: skip
+
+
+@functools.cache
+def gguf_layout(num_layers: int, prefix: str, head: str | None) -> Layout:
+    """Return the names of a language model in a GGUF file; prefix and head are ours of the decoder and of its head.
+
+    head is None for a bare decoder.
+    """
+    layers = (
+        Rename(f"blk.{index}.{source}", f"{prefix}layers.{index}.{target}")
+        for index in range(num_layers)
+        for source, target in _GGUF_LAYER.items()
+    )
+    return Layout(
+        name="GGUF",
+        renames=(
+            Rename("token_embd.", f"{prefix}embed_tokens."),
+            Rename("output_norm.", f"{prefix}norm."),
+            *((Rename("output.", head),) if head is not None else ()),
+            *layers,
+        ),
+        drops=(Drop(r"output\.weight", "a bare decoder has no head"),) if head is None else (),
+    )
+
+
+@functools.cache
+def gguf_tower_layout(num_layers: int, projector_depth: int, *, is_swapped: bool) -> Layout:
+    """Return the names of tower and projector in a GGUF file.
+
+    is_swapped is llama.cpp's first naming, in which ffn_down widens and ffn_up narrows.
+    """
+    fc1, fc2 = ("ffn_down.", "ffn_up.") if is_swapped else ("ffn_up.", "ffn_down.")
+    tower, layer = "vision_tower.vision_model.", {**_GGUF_TOWER_LAYER, fc1: "mlp.fc1.", fc2: "mlp.fc2."}
+    return Layout(
+        name="GGUF tower",
+        renames=(
+            Rename("v.class_embd", f"{tower}embeddings.class_embedding"),
+            Rename("v.patch_embd.", f"{tower}embeddings.patch_embedding."),
+            Rename("v.position_embd.", f"{tower}embeddings.position_embedding."),
+            Rename("v.pre_ln.", f"{tower}pre_layrnorm."),
+            Rename("v.post_ln.", f"{tower}post_layernorm."),
+            *(
+                Rename(f"v.blk.{index}.{source}", f"{tower}encoder.layers.{index}.{target}")
+                for index in range(num_layers)
+                for source, target in layer.items()
+            ),
+            *(Rename(f"mm.{2 * index}.", f"multi_modal_projector.linear_{index + 1}.") for index in range(projector_depth)),
+            *((Rename("mm.", "multi_modal_projector.linear_1."),) if projector_depth == 1 else ()),
+            Rename("v.image_newline", "image_newline"),
+            Rename("model.image_newline", "image_newline"),
         ),
     )

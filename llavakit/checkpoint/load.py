@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from llavakit.checkpoint.detect import Kind, detect_kind, foreign_kind
+from llavakit.checkpoint.gguf_read import is_gguf
+from llavakit.checkpoint.gguf_settings import gguf_processor, gguf_tokenizer, read_gguf_config
 from llavakit.checkpoint.original import original_processor, read_original_config
 from llavakit.checkpoint.packed import packing_of_config
 from llavakit.checkpoint.parts import Part, Sources, is_adapter, kind_of_folder, open_parts
@@ -28,7 +30,9 @@ from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.chat import ChatTemplate
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.text import TextProcessor
-from llavakit.processing.tokenizer.load import has_tokenizer
+from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
+from llavakit.processing.tokenizer.load import has_tokenizer, load_tokenizer
+from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.documents import read_json
 from llavakit.storage.tensors import TensorSource
 
@@ -39,8 +43,8 @@ __all__ = [
     "load_core",
     "load_processor",
     "load_weights",
+    "load_words",
     "plan_parts",
-    "processor_folder",
     "read_weight",
     "tied_names",
 ]
@@ -49,7 +53,12 @@ _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def load_config(folder: Path, sources: Sources = Sources()) -> LlamaConfig | LlavaConfig:
-    """Read config.json and decide by its content which model it is; an adapter without one has its base's. Raises: CheckpointError."""
+    """Read config.json, or GGUF metadata, and decide by its content which model it is; an adapter without one has its base's.
+
+    Raises: CheckpointError.
+    """
+    if is_gguf(folder):
+        return read_gguf_config(folder, sources.gguf_tower())
     path = folder / "config.json"
     if not path.is_file() and is_adapter(folder):
         return load_config(sources.base_folder(folder), replace(sources, base=None))
@@ -97,10 +106,11 @@ def load_processor(
 
     Raises: CheckpointError, also where it makes other pictures than the config's tower takes.
     """
-    is_original = kind_of_folder(folder) is Kind.ORIGINAL
-    if is_original and isinstance(config, LlavaConfig):
-        return original_processor(folder, config, template, tokenizer=processor_folder(folder, sources))
-    folder = processor_folder(folder, sources, has_pictures=isinstance(config, LlavaConfig))
+    if not is_gguf(folder) and kind_of_folder(folder) is Kind.ORIGINAL and isinstance(config, LlavaConfig):
+        return original_processor(folder, config, template, tokenizer=_processor_folder(folder, sources))
+    folder = _processor_folder(folder, sources, has_pictures=isinstance(config, LlavaConfig))
+    if is_gguf(folder):
+        return gguf_processor(folder, config, template, sources.gguf_tower())
     if not isinstance(config, LlavaConfig):
         return TextProcessor.from_pretrained(folder, template=template)
     processor, vision = LlavaProcessor.from_pretrained(folder, template=template), config.vision_config
@@ -117,7 +127,13 @@ def load_processor(
     return processor
 
 
-def processor_folder(folder: Path, sources: Sources, *, has_pictures: bool = False) -> Path:
+def load_words(folder: Path, sources: Sources) -> LlamaTokenizer | LlamaTokenizerFast:
+    """Load the tokenizer of a folder's model alone; that of its base where the folder has none. Raises: CheckpointError."""
+    folder = _processor_folder(folder, sources)
+    return gguf_tokenizer(folder) if is_gguf(folder) else load_tokenizer(folder)
+
+
+def _processor_folder(folder: Path, sources: Sources, *, has_pictures: bool = False) -> Path:
     """Return where a model's tokenizer, and its image processor, lie: in its folder, or in that of its base. Raises: CheckpointError."""
     is_whole = sources.base is None and not is_adapter(folder)
     has_images = not has_pictures or any((folder / name).is_file() for name in _IMAGE_FILES)
@@ -169,17 +185,20 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def read_weight(tensors: TensorSource, name: str, dtype: torch.dtype | None) -> Tensor:
-    """Read a weight and cast it; None keeps the stored dtype. Raises: CheckpointError for one that no model can have."""
-    return checked(name, tensors.read(name), dtype)
+    """Read a weight and cast it; None keeps the stored dtype, and makes packed weights that of their spec.
+
+    Raises: CheckpointError for one that no model can have.
+    """
+    return checked(name, tensors.read(name), tensors.specs[name].dtype if dtype is None else dtype)
 
 
-def checked(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Cast a weight, or a piece of it; None keeps the stored dtype. Raises: CheckpointError for values that no model can have."""
+def checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a weight, or a piece of it. Raises: CheckpointError for values that no model can have."""
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} is stored as {tensor.dtype}; only floating-point weights are read")
-    if dtype is not None and tensor.dtype.itemsize == dtype.itemsize == 2:
+    if tensor.dtype.itemsize == dtype.itemsize == 2:
         tensor = tensor.to(torch.promote_types(tensor.dtype, dtype))  # float32: PyTorch is four times slower between the halves directly
-    tensor = tensor.to(tensor.dtype if dtype is None else dtype)
+    tensor = tensor.to(dtype)
     if not _is_finite(tensor):
         raise CheckpointError(f"tensor {name} holds NaN or infinite values in {tensor.dtype}; the file is damaged, or choose a wider dtype")
     return tensor

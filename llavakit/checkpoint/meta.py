@@ -4,7 +4,6 @@ Owns: MetaFolder, which shows these files as whole tensors under our names, and 
 Invariants: files that do not fit together are refused on shapes alone; memory holds one tensor and one file's part of it.
 Meta turns pairs of neighbouring rotary dimensions, everyone else the two halves of a head, so queries and keys change their order.
 Source: llama/model.py and llama/generation.py of Meta's repositories (names, parallel dimensions, rotary order, feed-forward width).
-Legend: H heads of this tensor  T width of a head  D width of the model
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from llavakit.checkpoint.rotary_order import to_halves
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.logs import logger
 from llavakit.model.config import LlamaConfig
@@ -120,7 +120,7 @@ class MetaFolder:
             length = file.specs[source.name].shape[source.dim]
             tensor.narrow(source.dim, start, length).copy_(file.read(source.name))
             start += length
-        return _reordered(tensor, self.config.head_width) if source.is_rotary else tensor
+        return to_halves(tensor, self.config.head_width) if source.is_rotary else tensor
 
     def place(self, name: str) -> None:
         """Tensors are put together from several files."""
@@ -214,12 +214,6 @@ def _match(files: list[PickleFile]) -> dict[str, _Source]:
 def _others(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
     """Return the lengths along which files must agree."""
     return tuple(length for place, length in enumerate(shape) if place != dim)
-
-
-def _reordered(weight: Tensor, head_width: int) -> Tensor:
-    """Put the rows of each head from neighbouring pairs into two halves."""
-    rows_HPQD = weight.view(-1, head_width // 2, 2, weight.shape[1])
-    return rows_HPQD.transpose(1, 2).reshape(weight.shape)
 
 
 def _stated(params: Mapping[str, Any], name: str) -> Any:

@@ -10,12 +10,13 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from llavakit.checkpoint.layouts import LLAMA
-from llavakit.checkpoint.load import build_core, checked, load_config, load_processor, plan_parts, processor_folder, read_weight, tied_names
+from llavakit.checkpoint.load import build_core, checked, load_config, load_processor, load_words, plan_parts, read_weight, tied_names
 from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
 from llavakit.checkpoint.parts import Part, Sources, open_parts
 from llavakit.errors import CheckpointError
@@ -24,15 +25,19 @@ from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.ops.threads import one_thread
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.text import TextProcessor
 from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.tensors import TensorSpec
 
+Processor = LlavaProcessor | TextProcessor | LlamaTokenizer | LlamaTokenizerFast
+Need = Literal["files", "words", "chat"]
+"""What goes along in the HF layout (a language model alone has no more than a tokenizer); the tokenizer alone; a processor that chats."""
 _PIECE_BYTES = 8 << 20
 
-__all__ = ["Checkpoint", "Weight", "open_checkpoint"]
+__all__ = ["Checkpoint", "Need", "Processor", "Weight", "open_checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,7 @@ class Weight:
         Raises: CheckpointError, as read.
         """
         place, spec = self.part.tensors.place(self.name), self.spec
+        dtype = spec.dtype if dtype is None else dtype
         if place is None or spec.num_bytes <= _PIECE_BYTES:
             yield self.read(dtype).reshape(-1)
             return
@@ -74,13 +80,13 @@ class Checkpoint:
 
     config: LlamaConfig | LlavaConfig
     parts: tuple[Part, ...]
-    processor: LlavaProcessor | LlamaTokenizer | LlamaTokenizerFast
-    """A language model alone has a tokenizer."""
+    processor: Processor
+    """What was needed of it."""
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer."""
-        return self.processor.tokenizer if isinstance(self.processor, LlavaProcessor) else self.processor
+        return self.processor.tokenizer if isinstance(self.processor, LlavaProcessor | TextProcessor) else self.processor
 
     @functools.cached_property
     def core(self) -> LlamaCore | LlavaCore:
@@ -97,12 +103,11 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def open_checkpoint(
-    folder: Path, sources: Sources = Sources(), *, tokenizer: Path | None = None, text_only: bool = False
+    folder: Path, sources: Sources = Sources(), *, tokenizer: Path | None = None, needs: Need = "files"
 ) -> Iterator[Checkpoint]:
-    """Open a folder of any layout, and what it builds on.
+    """Open a folder of any layout, or a GGUF file, and what it builds on.
 
-    tokenizer is the folder of the tokenizer, where it is not the model's own. text_only leaves out what prepares pictures.
-    Raises: CheckpointError, ConfigError.
+    tokenizer is the folder of the tokenizer, where it is not the model's own. Raises: CheckpointError, ConfigError.
     """
     if is_meta_folder(folder):
         if not sources.allow_pickle:
@@ -114,19 +119,15 @@ def open_checkpoint(
             yield Checkpoint(files.config, (Part(files, LLAMA),), words)
         return
     config = load_config(folder, sources)
-    processor = _processor(folder, config, sources, text_only=text_only)
+    processor = _processor(folder, config, sources, needs)
     with open_parts(folder, build_core(config), sources) as parts:
         yield Checkpoint(config, parts, processor)
 
 
-def _processor(
-    folder: Path, config: LlamaConfig | LlavaConfig, sources: Sources, *, text_only: bool
-) -> LlavaProcessor | LlamaTokenizer | LlamaTokenizerFast:
-    if isinstance(config, LlavaConfig) and not text_only:
-        processor = load_processor(folder, config, sources=sources)
-        assert isinstance(processor, LlavaProcessor)
-        return processor
-    words = load_tokenizer(processor_folder(folder, sources))
+def _processor(folder: Path, config: LlamaConfig | LlavaConfig, sources: Sources, needs: Need) -> Processor:
+    if needs == "chat" or (needs == "files" and isinstance(config, LlavaConfig)):
+        return load_processor(folder, config, sources=sources)
+    words = load_words(folder, sources)
     _check_rows(words, config.get_text_config())
     return words
 

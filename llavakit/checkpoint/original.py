@@ -203,7 +203,7 @@ def _tokenizer_without(processor: LlavaProcessor, num_rows: int) -> LlamaTokeniz
     kept = {index: token for index, token in tokenizer.added_tokens_decoder.items() if index < most}
     has_pad = tokenizer.pad_token_id is not None and tokenizer.pad_token_id in kept
     return LlamaTokenizer(
-        tokenizer.files()["tokenizer.model"],
+        tokenizer.model_file,
         added_tokens=kept,
         pad_token=tokenizer.pad_token if has_pad else tokenizer.unk_token,
         legacy=tokenizer.legacy,

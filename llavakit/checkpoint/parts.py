@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llavakit.checkpoint.adapters import ADAPTER_CONFIG, Adapter, Merged, base_of_adapter
 from llavakit.checkpoint.deltas import Summed
 from llavakit.checkpoint.detect import Kind, kind_of_config
+from llavakit.checkpoint.gguf_read import is_gguf, open_gguf
 from llavakit.checkpoint.layouts import LANGUAGE_MODEL, LLAMA, LLAMA_DECODER, LLAVA_HF, TOWER, original_layout
 from llavakit.checkpoint.packed import Unpacked, dense_tensors, weight_format
 from llavakit.checkpoint.rules import Layout
@@ -55,7 +56,7 @@ class Sources:
     vision_tower: str | Path | None = None
     """Folder or hub id in place of the tower that an original LLaVA's config names; opened only where the folder holds none.
 
-    With a language model alone, convert builds a fresh LLaVA of the two.
+    With a language model alone, convert builds a fresh LLaVA of the two. For a GGUF file the file of its tower and projector.
     """
     allow_pickle: bool = False
     """Read pickle files where there are no safetensors."""
@@ -66,6 +67,10 @@ class Sources:
         if name is None:
             raise CheckpointError(f"{folder} holds no whole model; name the one that it belongs to with --base")
         return resolve_model(name, allow_pickle=self.allow_pickle)
+
+    def gguf_tower(self) -> Path | None:
+        """Return the caller's file, or folder, with the tower of a GGUF file. Raises: CheckpointError."""
+        return None if self.vision_tower is None else resolve_model(self.vision_tower)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -112,11 +117,15 @@ class _Opening:
 
     def parts(self, folder: Path) -> list[Part]:
         """Open the parts of a folder."""
+        if is_gguf(folder):
+            model = self.files.enter_context(open_gguf(folder, self.sources.gguf_tower()))
+            return [Part(tensors, layout) for tensors, layout in model.parts(self.model)]
         if kind_of_folder(folder) is Kind.ORIGINAL and isinstance(self.model, LlavaCore):
             return self._original(folder, original_layout(self.model.config.projector_depth))
         if is_adapter(folder):
-            base = _Opening(self.files, self.model, replace(self.sources, base=None)).parts(self.sources.base_folder(folder))
-            return self._merged(base, folder, base[0].layout)
+            below = self.sources.base_folder(folder)
+            base = _Opening(self.files, self.model, replace(self.sources, base=None)).parts(below)
+            return self._merged(base, folder, _layout(self.model) if is_gguf(below) else base[0].layout)
         layout = _layout(self.model)
         return [Part(self._summed(folder, layout), layout)]
 

@@ -21,7 +21,8 @@ def convert(
     source: str,
     destination: Path,
     *,
-    to: Literal["hf", "original", "text", "adapter"] = "hf",
+    to: Literal["hf", "original", "text", "gguf", "adapter"] = "hf",
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16",
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
     base: str | None = None,
     vision_tower: str | None = None,
@@ -39,19 +40,21 @@ def convert(
     Parameters
     ----------
     source
-        Folder or hub id.
+        Folder, GGUF file or hub id.
     destination
         A new or empty folder.
     to
-        hf is the Hugging Face layout, original is LLaVA's own, text is the language model of a LLaVA alone; adapter is an adapter
-        that stays one, for peft over transformers' LLaVA.
+        hf is the Hugging Face layout, original is LLaVA's own, text is the language model of a LLaVA alone, gguf is for llama.cpp
+        and Ollama; adapter is an adapter that stays one, for peft over transformers' LLaVA.
+    gguf_type
+        How GGUF files store matrices.
     dtype
-        Of the new weights; auto keeps the files', bit for bit.
+        Of the new weights; auto keeps the files', bit for bit, and makes float16 of packed ones.
     base
         Folder or hub id of the model that an adapter, a delta or a projector belongs to.
     vision_tower
-        Folder or hub id of an original LLaVA's tower, in place of the one that its config names. With a language model alone: of the
-        CLIP or SigLIP that makes a fresh LLaVA of it.
+        Folder or hub id of an original LLaVA's tower, in place of the one that its config names, or the file of a GGUF file's. With a
+        language model alone: of the CLIP or SigLIP that makes a fresh LLaVA of it.
     projector
         Of a fresh LLaVA: linear, mlp2x_gelu (the usual) or mlpNx_gelu with N layers; identity.
     template
@@ -78,6 +81,7 @@ def convert(
     show_logs()
     how = Conversion(
         to=to,
+        gguf_type=gguf_type,
         dtype=choose_dtype(dtype),
         fresh=_fresh(projector, template, seed),
         sources=Sources(base=base, vision_tower=vision_tower, allow_pickle=allow_pickle),

@@ -6,9 +6,12 @@ import json as json_format
 import math
 import sys
 from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llavakit.checkpoint.detect import Kind, kind_of_config
+from llavakit.checkpoint.gguf_read import is_gguf, open_gguf
 from llavakit.checkpoint.load import load_config, load_processor
 from llavakit.checkpoint.packed import dense_tensors, weight_format
 from llavakit.geometry import num_image_tokens
@@ -18,7 +21,7 @@ from llavakit.processing.tokenizer.load import has_tokenizer
 from llavakit.storage.documents import read_json
 from llavakit.storage.folder import read_manifest
 from llavakit.storage.hub import resolve_model
-from llavakit.storage.tensors import TensorFolder
+from llavakit.storage.tensors import TensorFolder, TensorSpec
 
 __all__ = ["inspect"]
 
@@ -29,7 +32,7 @@ def inspect(path: str, *, revision: str | None = None, json: bool = False) -> No
     Parameters
     ----------
     path
-        Folder or hub id.
+        Folder, GGUF file or hub id.
     revision
         Branch, tag or commit of a hub id.
     json
@@ -37,19 +40,18 @@ def inspect(path: str, *, revision: str | None = None, json: bool = False) -> No
     """
     folder = resolve_model(path, revision=revision)
     config = load_config(folder)
-    with TensorFolder(folder, weight_format(folder)) as tensors:
-        specs, dense = tensors.specs, dense_tensors(tensors, folder).specs
+    specs, dtypes, dense = _gguf_tensors(folder) if is_gguf(folder) else _tensors(folder)
     parts: Counter[str] = Counter()
     for name, spec in dense.items():
         parts[_part(name)] += math.prod(spec.shape)
     facts: dict[str, Any] = {
         "folder": str(folder),
-        "kind": f"{config.model_type} ({_LAYOUTS[kind_of_config(read_json(folder / 'config.json'))]})",
+        "kind": f"{config.model_type} ({'GGUF' if is_gguf(folder) else _LAYOUTS[kind_of_config(read_json(folder / 'config.json'))]})",
         "tensors": len(specs),
         "parameters": sum(parts.values()),
         "parts": dict(parts),
         "bytes": sum(spec.num_bytes for spec in specs.values()),
-        "dtypes": dict(Counter(str(spec.dtype).removeprefix("torch.") for spec in specs.values())),
+        "dtypes": dict(Counter(dtypes)),
         "manifest": "present" if read_manifest(folder) is not None else "absent",
     }
     text = config.text_config if isinstance(config, LlavaConfig) else config
@@ -57,7 +59,7 @@ def inspect(path: str, *, revision: str | None = None, json: bool = False) -> No
         f"{text.num_hidden_layers} layers, width {text.hidden_size}, {text.num_attention_heads} heads over {text.num_kv_heads}, "
         f"vocabulary {text.vocab_size}, context {text.max_position_embeddings}"
     )
-    if isinstance(config, LlavaConfig) or has_tokenizer(folder):
+    if isinstance(config, LlavaConfig) or is_gguf(folder) or has_tokenizer(folder):
         processor = load_processor(folder, config)
         if isinstance(config, LlavaConfig) and isinstance(processor, LlavaProcessor):
             facts |= _vision_facts(config, processor)
@@ -67,6 +69,20 @@ def inspect(path: str, *, revision: str | None = None, json: bool = False) -> No
         sys.stdout.write(json_format.dumps(facts, indent=2) + "\n")
     else:
         sys.stdout.write("".join(f"{name:14} {_shown(value)}\n" for name, value in facts.items()))
+
+
+def _tensors(folder: Path) -> tuple[Mapping[str, TensorSpec], list[str], Mapping[str, TensorSpec]]:
+    with TensorFolder(folder, weight_format(folder)) as tensors:
+        dtypes = [str(spec.dtype).removeprefix("torch.") for spec in tensors.specs.values()]
+        return tensors.specs, dtypes, dense_tensors(tensors, folder).specs
+
+
+def _gguf_tensors(path: Path) -> tuple[Mapping[str, TensorSpec], list[str], Mapping[str, TensorSpec]]:
+    with open_gguf(path) as model:
+        files = [*model.texts, *(() if model.tower is None else (model.tower,))]
+        kinds = [kind.name for file in files for kind in file.kinds.values()]
+        specs = {name: spec for file in files for name, spec in file.specs.items()}
+        return specs, kinds, specs
 
 
 def _vision_facts(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, Any]:
@@ -94,8 +110,8 @@ _ASPECTS = {
 
 
 def _part(name: str) -> str:
-    for part in ("vision_tower", "multi_modal_projector"):
-        if part in name:
+    for part, begins in (("vision_tower", "v."), ("multi_modal_projector", "mm.")):
+        if part in name or name.startswith(begins):
             return part
     return "language_model"
 

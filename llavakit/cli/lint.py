@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llavakit.checkpoint.gguf_read import is_gguf
 from llavakit.checkpoint.load import load_config, load_processor
 from llavakit.cli.options import printable, read_image
 from llavakit.engine.llm import MINIATURE
@@ -59,6 +60,8 @@ def lint(
         Print one JSON object instead of lines.
     """
     folder = resolve_model(MINIATURE if model is None else model, revision=revision, parts="processor")
+    if is_gguf(folder):
+        raise CheckpointError(f"{folder} has no small files to look at, only GGUF metadata; llava convert makes a folder of it")
     subject = _load(folder, None if template is None else find_template(template))
     facts = {
         **_template_facts(subject),

@@ -26,6 +26,7 @@ _REVISION = re.compile(r"[^\s/.][^\s]*")
 _SETTINGS = ["*.json", "*.model", "*.jinja"]
 _WEIGHTS = ["*.safetensors"]
 _PICKLES = ["*.bin"]
+_GGUF = ".gguf"
 _DOCUMENTS = ["*.txt", "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
 # Subfolders hold other formats; consolidated.* are the same weights in another layout; the rest belongs to trainings.
 _NEVER = ["*/*", "consolidated*", "training_args.bin", "optimizer.bin", "scheduler.bin"]
@@ -67,7 +68,7 @@ def resolve_model(
     token: str | bool | None = None,
     allow_pickle: bool = False,
 ) -> Path:
-    """Return the folder of a model: a path, or a hub id that is downloaded (or found in the hub's cache when offline).
+    """Return the folder of a model (or its GGUF file): a path, or a hub id that is downloaded or, offline, found in the hub's cache.
 
     revision is a branch, a tag or a commit of the hub. parts "processor" leaves the weights out. Weights are safetensors; pickle
     files are fetched only where there are none and allow_pickle is set. Complete files of a broken download are kept.
@@ -78,8 +79,10 @@ def resolve_model(
         if revision is not None:
             raise CheckpointError(f"{model} is a folder on this machine and has no revision {revision}; leave the revision out")
         return folder
+    if folder.is_file() and folder.suffix == _GGUF and revision is None:
+        return folder
     if folder.exists():
-        raise CheckpointError(f"{model} is a file; a model is a folder with config.json and safetensors")
+        raise CheckpointError(f"{model} is a file; a model is a folder with config.json and safetensors, or a file *{_GGUF}")
     if not is_hub_id(model):
         raise CheckpointError(f"there is no folder {model}, and that is not a hub id (owner/name) either")
     if revision is not None and (_REVISION.fullmatch(revision) is None or ".." in revision):

@@ -38,6 +38,7 @@ __all__ = [
     "TensorSource",
     "TensorSpec",
     "WeightFormat",
+    "open_file",
     "read_into",
     "sorted_by_place",
     "write_file",
@@ -93,7 +94,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = _open_file(path)
+        self._descriptor = open_file(path)
         try:
             self.specs: Mapping[str, TensorSpec] = _read_header(path, self._descriptor)
         except CheckpointError:
@@ -310,7 +311,8 @@ def _num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _open_file(path: Path) -> int:
+def open_file(path: Path) -> int:
+    """Open a regular file for reading; the caller closes the descriptor. Raises: CheckpointError."""
     try:
         # A pipe would block the opening for ever; O_NONBLOCK changes nothing for files.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

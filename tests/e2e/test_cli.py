@@ -221,7 +221,7 @@ def test_the_tokenizer_alone_is_converted(llava: Callable[..., Done], tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("convert", "{model}", "x", "--to", "gguf"), 2, "gguf"),
+        (("convert", "{model}", "x", "--to", "ggml"), 2, "ggml"),
         (("convert", "{image}", "x"), 3, "is a file"),
         (("convert", "{model}", "{image}"), 6, "is a file; a folder goes there"),
         (("convert-llama-weights", "--input-dir", "{model}"), 2, "--output-dir"),
@@ -270,3 +270,17 @@ def test_a_closed_pipe_is_quiet(model: str, image: str) -> None:
     command = f"{sys.executable} -c \"{RUN}\" ask {image} 'what is there?' --model {model} | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=False)
     assert done.stderr == ""
+
+
+def test_gguf_there_and_asked(llava: Callable[..., Done], model: str, image: str, tmp_path: Path) -> None:
+    done = llava("convert", model, str(tmp_path / "gguf"), "--to", "gguf", "--gguf-type", "q8_0")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(llava("inspect", str(tmp_path / "gguf"), "--json").stdout)
+    assert facts["kind"] == "llava (GGUF)"
+    assert set(facts["dtypes"]) == {"Q8_0", "F16", "F32"}
+    assert facts["parts"].keys() == {"language_model", "vision_tower", "multi_modal_projector"}
+    file, tower = tmp_path / "gguf" / "model-q8_0.gguf", tmp_path / "gguf" / "mmproj-f16.gguf"
+    for options in (["--model", str(tmp_path / "gguf")], ["--model", str(file), "--vision-tower", str(tower)]):
+        assert llava("ask", image, "what is there?", "--max-tokens", "2", *options).returncode == 0
+    done = llava("lint", str(file))
+    assert (done.returncode, "no small files" in done.stderr) == (3, True)

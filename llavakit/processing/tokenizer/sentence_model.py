@@ -1,20 +1,20 @@
 """A sentencepiece model: its pieces, its ids for plain text, its bytes.
 
 Owns: loading with limits and clear errors, the variant without the dummy space, hiding of pieces that user text must not reach.
-The model file is a protobuf message. Two of its properties are used here instead of a protobuf library: a message behind the
-first one overrides its fields, and a piece's type is one byte.
-Source: sentencepiece_model.proto (ModelProto: pieces = 1, normalizer_spec = 3; SentencePiece: piece = 1, type = 3).
+The model file is a protobuf message: one behind the first overrides its fields.
+Source: sentencepiece_model.proto (ModelProto: normalizer_spec = 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
 from llavakit.errors import CheckpointError, ConfigError, InputError
+from llavakit.processing.tokenizer.sentence_pieces import unused_pieces
 
 __all__ = ["MODEL_NAME", "SentenceModel", "read_model", "save_model"]
 
@@ -22,8 +22,6 @@ MODEL_NAME = "tokenizer.model"
 _MAX_MODEL_BYTES = 64 << 20
 _SPACE = "▁"
 _NO_DUMMY_SPACE = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
-_PIECES, _TYPE = 1, 3
-_USER_DEFINED, _UNUSED = 4, 5
 
 
 class SentenceModel:
@@ -61,7 +59,7 @@ class SentenceModel:
         """Keep plain text from becoming these pieces: user-defined ones are found in any text otherwise."""
         hidden = frozenset(index for index in ids if _can_be_text(self.processor, index))
         if hidden != self._hidden:
-            self._hidden, self._plain = hidden, _load(_unused_pieces(self.proto, hidden), self._options)
+            self._hidden, self._plain = hidden, _load(unused_pieces(self.proto, hidden), self._options)
 
     def encode(self, text: str) -> list[int]:
         """Encode plain text."""
@@ -116,43 +114,3 @@ def _load(proto: bytes, options: Mapping[str, Any]) -> sentencepiece.SentencePie
 def _can_be_text(model: sentencepiece.SentencePieceProcessor, index: int) -> bool:
     is_other = (model.is_control(index), model.is_unknown(index), model.is_byte(index), model.is_unused(index))
     return not any(is_other)
-
-
-def _unused_pieces(proto: bytes, ids: frozenset[int]) -> bytes:
-    """Return the model with the user-defined ones of these pieces marked as unused."""
-    changed = bytearray(proto)
-    index = -1
-    for number, start, end in _fields(proto, 0, len(proto)):
-        if number == _PIECES:
-            index += 1
-            if index in ids:
-                for inner, place, _ in _fields(proto, start, end):
-                    if inner == _TYPE and proto[place] == _USER_DEFINED:
-                        changed[place] = _UNUSED
-    return bytes(changed)
-
-
-def _fields(proto: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Walk over a message's fields: number, and where the value lies."""
-    while start < end:
-        tag, start = _varint(proto, start)
-        match tag & 7:
-            case 0:
-                following = _varint(proto, start)[1]
-            case 1:
-                following = start + 8
-            case 2:
-                length, start = _varint(proto, start)
-                following = start + length
-            case _:
-                following = start + 4
-        yield tag >> 3, start, following
-        start = following
-
-
-def _varint(proto: bytes, start: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while proto[start] & 0x80:
-        value |= (proto[start] & 0x7F) << shift
-        start, shift = start + 1, shift + 7
-    return value | proto[start] << shift, start + 1

@@ -101,6 +101,11 @@ class LlamaTokenizer(TextTokenizer):
         """Whether each stretch between special tokens gets its own dummy space; chosen when the tokenizer is made."""
         return self._legacy
 
+    @property
+    def model_file(self) -> bytes:
+        """The contents of tokenizer.model."""
+        return self._proto
+
     # Vocabulary
 
     @property

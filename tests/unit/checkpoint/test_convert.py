@@ -254,5 +254,5 @@ def test_a_language_model_stays_one(tmp_path: Path) -> None:
     convert(make_original(tmp_path, "v1.5").path, tmp_path / "text", Conversion(to="text"))
     convert(tmp_path / "text", tmp_path / "again")
     assert_same(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "text"))
-    with pytest.raises(ConfigError, match="only --to hf can hold it"):
+    with pytest.raises(ConfigError, match="--to hf and gguf can hold it"):
         convert(tmp_path / "text", tmp_path / "no", Conversion(to="original"))

@@ -41,7 +41,6 @@ def test_code_in_the_checkpoint_is_ignored_and_said(caplog: pytest.LogCaptureFix
     ("files", "named"),
     [
         (["params.json", "consolidated.00.pth"], "Meta's own layout"),
-        (["model-q4.gguf"], "GGUF"),
         (["mm_projector.bin"], "projector"),
         (["params.json"], None),
         ([], None),

@@ -1,0 +1,182 @@
+"""Tiny models as GGUF files, written by the gguf library's own writer with names and orders of the tests' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from torch import Tensor
+
+from llavakit.model.config import LlamaConfig
+from llavakit.model.llava_config import LlavaConfig, LlavaNextConfig
+from llavakit.processing.tokenizer.slow import LlamaTokenizer
+from tests.tiny import tiny_tokenizer
+
+__all__ = ["write_text", "write_tower"]
+
+_LAYER = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_TOWER_LAYER = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.out_proj": "attn_out",
+    "layer_norm1": "ln1", "layer_norm2": "ln2",
+}  # fmt: skip
+_EMBEDDINGS = {"class_embedding": "v.class_embd", "patch_embedding.weight": "v.patch_embd.weight"}
+
+
+def write_text(
+    path: Path,
+    config: LlamaConfig,
+    weights: dict[str, Tensor],
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    *,
+    tokenizer: LlamaTokenizer | None = None,
+    num_splits: int = 1,
+    values: dict[str, Any] | None = None,
+) -> Path:
+    """Write a language model; weights have our names without LLaVA's prefix. values are added to the metadata, or replace it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=0 if num_splits == 1 else -(-len(weights) // num_splits))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    _add_tokens(writer, tiny_tokenizer() if tokenizer is None else tokenizer, config.vocab_size)
+    for key, value in (values or {}).items():
+        add: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add.get(type(value), writer.add_array)(key, value)
+    for name, weight in weights.items():
+        array = weight.detach().float().numpy()
+        if ".q_proj." in name or ".k_proj." in name:
+            num_heads = config.num_attention_heads if ".q_proj." in name else config.num_kv_heads
+            array = _interleaved(array, num_heads)
+        _add(writer, _text_name(name), array, kind if array.ndim > 1 else gguf.GGMLQuantizationType.F32)
+    _finish(writer)
+    return path
+
+
+def write_tower(
+    path: Path,
+    config: LlavaConfig,
+    weights: dict[str, Tensor],
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    *,
+    is_legacy: bool = True,
+    has_last_layer: bool = False,
+) -> Path:
+    """Write tower and projector as llama.cpp's first converter did, or with its later names and keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vision, depth = config.vision_config, max(config.feature_depths)
+    num_layers = vision.num_hidden_layers if has_last_layer else depth
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_bool("clip.has_vision_encoder", True)
+    if is_legacy and not has_last_layer:
+        writer.add_bool("clip.has_llava_projector", True)
+    writer.add_string("clip.projector_type", "mlp")
+    writer.add_bool("clip.use_gelu", False)
+    numbers = {
+        "image_size": vision.image_size, "patch_size": vision.patch_size, "embedding_length": vision.hidden_size,
+        "feed_forward_length": vision.intermediate_size, "projection_dim": 768, "attention.head_count": vision.num_attention_heads,
+        "block_count": num_layers,
+    }  # fmt: skip
+    for key, number in numbers.items():
+        writer.add_uint32(f"clip.vision.{key}", number)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision.layer_norm_eps)
+    writer.add_array("clip.vision.image_mean", [0.48145466, 0.4578275, 0.40821073])
+    writer.add_array("clip.vision.image_std", [0.26862954, 0.26130258, 0.27577711])
+    if not is_legacy:
+        writer.add_array("clip.vision.feature_layer", [depth])
+    if isinstance(config, LlavaNextConfig):
+        writer.add_array(
+            "clip.vision.image_grid_pinpoints", [side for height, width in config.image_grid_pinpoints for side in (width, height)]
+        )
+        writer.add_string("clip.vision.mm_patch_merge_type", "spatial_unpad")
+    for name, weight in weights.items():
+        shown = _tower_name(name, is_legacy=is_legacy, num_layers=num_layers)
+        if shown is not None:
+            array = weight.detach().float().numpy()
+            _add(writer, shown, array, kind if array.ndim > 1 else gguf.GGMLQuantizationType.F32)
+    _finish(writer)
+    return path
+
+
+def _add_tokens(writer: gguf.GGUFWriter, tokenizer: LlamaTokenizer, num_rows: int) -> None:
+    pieces, added = tokenizer.sp_model, tokenizer.added_tokens_decoder
+    tokens, scores, types = [], [], []
+    for index in range(num_rows):
+        if index < pieces.vocab_size():
+            checks = {2: pieces.is_unknown, 3: pieces.is_control, 5: pieces.is_unused, 6: pieces.is_byte}
+            kind = next((number for number, check in checks.items() if check(index)), 1)
+            entry = pieces.id_to_piece(index), pieces.get_score(index), kind
+        else:
+            entry = (str(added[index].content), -1000.0, 3) if index in added else (f"[PAD{index}]", -10000.0, 5)
+        tokens.append(entry[0])
+        scores.append(entry[1])
+        types.append(entry[2])
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
+
+
+def _interleaved(array: Any, num_heads: int) -> Any:
+    width = array.shape[0] // num_heads
+    return array.reshape(num_heads, 2, width // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def _text_name(name: str) -> str:
+    stem, _, leaf = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{leaf}"
+    _, _, number, module = stem.split(".", 3)
+    return f"blk.{number}.{_LAYER[module]}.{leaf}"
+
+
+def _tower_name(name: str, *, is_legacy: bool, num_layers: int) -> str | None:
+    if name == "image_newline":
+        return "model.image_newline" if is_legacy else "v.image_newline"
+    if name.startswith("multi_modal_projector."):
+        return name.replace("multi_modal_projector.linear_1", "mm.0").replace("multi_modal_projector.linear_2", "mm.2")
+    name = name.removeprefix("vision_tower.vision_model.")
+    if name.startswith("embeddings."):
+        return _EMBEDDINGS.get(name.removeprefix("embeddings."), "v.position_embd.weight")
+    if name.startswith("pre_layrnorm."):
+        return name.replace("pre_layrnorm", "v.pre_ln")
+    if name.startswith("post_layernorm."):
+        return None
+    _, _, number, module = name.split(".", 3)
+    module, _, leaf = module.rpartition(".")
+    fc1, fc2 = ("ffn_down", "ffn_up") if is_legacy else ("ffn_up", "ffn_down")
+    shown = {**_TOWER_LAYER, "mlp.fc1": fc1, "mlp.fc2": fc2}[module]
+    return f"v.blk.{number}.{shown}.{leaf}" if int(number) < num_layers else None
+
+
+def _add(writer: gguf.GGUFWriter, name: str, array: Any, kind: gguf.GGMLQuantizationType) -> None:
+    if kind == gguf.GGMLQuantizationType.F32:
+        writer.add_tensor(name, array)
+    elif array.ndim == 4 or array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        writer.add_tensor(name, array.astype(np.float16))
+    else:
+        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
