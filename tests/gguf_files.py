@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava_config import LlavaConfig, LlavaNextConfig
+from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -35,7 +37,7 @@ def write_text(
     weights: dict[str, Tensor],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     *,
-    tokenizer: LlamaTokenizer | None = None,
+    tokenizer: LlamaTokenizer | LlamaTokenizerFast | None = None,
     num_splits: int = 1,
     values: dict[str, Any] | None = None,
 ) -> Path:
@@ -50,7 +52,10 @@ def write_text(
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    _add_tokens(writer, tiny_tokenizer() if tokenizer is None else tokenizer, config.vocab_size)
+    if isinstance(tokenizer, LlamaTokenizerFast):
+        _add_byte_level(writer, tokenizer, config.vocab_size)
+    else:
+        _add_tokens(writer, tiny_tokenizer() if tokenizer is None else tokenizer, config.vocab_size)
     for key, value in (values or {}).items():
         add: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add.get(type(value), writer.add_array)(key, value)
@@ -132,6 +137,22 @@ def _add_tokens(writer: gguf.GGUFWriter, tokenizer: LlamaTokenizer, num_rows: in
     writer.add_unk_token_id(0)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
+
+
+def _add_byte_level(writer: gguf.GGUFWriter, tokenizer: LlamaTokenizerFast, num_rows: int) -> None:
+    document = json.loads(tokenizer.files()["tokenizer.json"])
+    entries = {index: (text, 1) for text, index in document["model"]["vocab"].items()}
+    entries |= {entry["id"]: (entry["content"], 3 if entry["special"] else 4) for entry in document["added_tokens"]}
+    rows = [entries.get(index, (f"[PAD{index}]", 5)) for index in range(num_rows)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([text for text, _ in rows])
+    writer.add_token_types([kind for _, kind in rows])
+    writer.add_token_merges(document["model"]["merges"])
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id}
+    for name, index in ids.items():
+        if index is not None:
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
+    writer.add_add_bos_token(tokenizer.add_bos_token)
 
 
 def _interleaved(array: Any, num_heads: int) -> Any:

@@ -23,8 +23,10 @@ from llavakit.checkpoint.load import load_config, load_processor
 from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.llava_config import LlavaConfig
+from llavakit.processing.chat import TEMPLATES
 from llavakit.processing.image import ImageProcessor
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.gguf_file import GgufFile
 from llavakit.world.render import render, to_png
@@ -37,6 +39,7 @@ from tests.tiny import (
     IMAGE_TOKEN,
     SIDE,
     VARIANTS,
+    VOCAB,
     Variant,
     decoder_config,
     family_config,
@@ -45,6 +48,7 @@ from tests.tiny import (
     llama_config,
     llava,
     llava_config,
+    qwen_tokenizer_folder,
     scale_weights,
     tiny_processor,
     tiny_tokenizer,
@@ -227,6 +231,50 @@ def test_tokenizers_give_the_originals_ids(tmp_path: Path, words: Callable[[], L
     assert (read.pad_token_id, read.bos_token_id, read.eos_token_id) == (tokenizer.pad_token_id, 1, 2)
 
 
+BYTE_LEVEL = {"llama-bpe": llama3_tokenizer_folder, "qwen2": qwen_tokenizer_folder}
+
+
+@pytest.mark.parametrize("kind", BYTE_LEVEL)
+def test_byte_level_tokenizers_give_the_originals_ids(tmp_path: Path, kind: str) -> None:
+    tokenizer = LlamaTokenizerFast.from_pretrained(BYTE_LEVEL[kind](tmp_path / "words"))
+    weights = {"model.embed_tokens.weight": torch.zeros(VOCAB, 4)}
+    path = write_text(tmp_path / "x.gguf", llama_config(), weights, tokenizer=tokenizer, values={"tokenizer.ggml.pre": kind})
+    read = gguf_tokenizer(path)
+    assert [read(text)["input_ids"] for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert [read.encode_text(text) for text in TEXTS] == [tokenizer.encode_text(text) for text in TEXTS]
+    assert (read.bos_token_id, read.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert read.added_tokens_decoder == tokenizer.added_tokens_decoder
+
+
+@pytest.mark.parametrize("family", ["interleave", "1.6-qwen", "1.6-llama3"])
+def test_families_with_byte_level_tokenizers_go_there_and_back(tmp_path: Path, family: str) -> None:
+    is_llama = family == "1.6-llama3"
+    tokenizer = LlamaTokenizerFast.from_pretrained(BYTE_LEVEL["llama-bpe" if is_llama else "qwen2"](tmp_path / "words"))
+    image = tokenizer.find_token("<image>")
+    assert image is not None
+    values = family_config(family).to_dict() | {"image_token_index": image}
+    ends = [tokenizer.eos_token_id, 5] if is_llama else tokenizer.eos_token_id
+    values["text_config"] |= {"rope_scaling": None, "rope_parameters": None, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends}
+    config = LlavaConfig.from_dict(values)
+    is_siglip = not config.vision_config.has_cls
+    images = ImageProcessor(size_px=SIDE, crop_px=SIDE, aspect="pad")
+    if config.merge is not None:
+        images = dataclasses.replace(images, aspect="anyres", pinpoints=tuple((w, h) for h, w in values["image_grid_pinpoints"]))
+    processor = LlavaProcessor(
+        tokenizer=tokenizer, image_processor=images, template=TEMPLATES["llava_llama_3" if is_llama else "qwen"], image_token_id=image,
+        patch_size=7, has_cls=not is_siglip, keep_cls=is_siglip,
+    )  # fmt: skip
+    source = save_hf(tmp_path / "hf", scale_weights(LlavaLlamaForCausalLM(config)).eval(), processor)
+    convert(source, tmp_path / "gguf", Conversion(to="gguf", gguf_type="f32"))
+    first, second = (LLM.load(path) for path in (source, tmp_path / "gguf"))
+    asked = Conversation.ask("what is there?", PICTURE)
+    assert first.chat(asked, SamplingParams(max_tokens=4)).ids == second.chat(asked, SamplingParams(max_tokens=4)).ids
+    assert first.end_ids == second.end_ids
+    convert(tmp_path / "gguf", tmp_path / "back")
+    new = LlavaConfig.from_dict(json.loads((tmp_path / "back" / "config.json").read_text()))
+    assert new.text_config.to_dict() == config.text_config.to_dict()
+
+
 @pytest.mark.parametrize(
     ("values", "name"),
     [
@@ -258,12 +306,21 @@ TOKENS = [f"t{index}" for index in range(384)]
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": ({"general.architecture": "falcon"}, "architecture 'falcon'; llama, qwen2"),
     "too few tokens": ({"tokenizer.ggml.tokens": TOKENS[:-1]}, "383 tokens and 384 rows"),
-    "too few scores": ({"tokenizer.ggml.scores": [0.0]}, "384 tokens, 1 scores"),
+    "too few scores": ({"tokenizer.ggml.scores": [0.0]}, "384 tokens and 1 scores"),
     "a piece twice": ({"tokenizer.ggml.tokens": [*TOKENS[:-1], "t5"]}, "sentencepiece"),
-    "types that do not exist": ({"tokenizer.ggml.token_type": [-5] * 384}, "types or scores that do not exist"),
-    "scores that do not exist": ({"tokenizer.ggml.scores": [float("nan")] * 384}, "types or scores that do not exist"),
-    "another tokenizer": ({"tokenizer.ggml.model": "gpt2"}, "kind 'gpt2'"),
-    "an end outside": ({"tokenizer.ggml.eos_token_id": 384}, "makes 384 the eos_token"),
+    "types that do not exist": ({"tokenizer.ggml.token_type": [-5] * 384}, "types that do not exist"),
+    "scores that do not exist": ({"tokenizer.ggml.scores": [float("nan")] * 384}, "scores that do not exist"),
+    "another tokenizer": ({"tokenizer.ggml.model": "t5"}, "kind 't5'; llama and gpt2 are read"),
+    "another way to cut words": ({"tokenizer.ggml.model": "gpt2"}, r"'default' \(tokenizer\.ggml\.pre\)"),
+    "merges of nothing": (
+        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.merges": ["no such"]},
+        "cannot be used",
+    ),
+    "merges that are none": (
+        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.merges": [1, 2]},
+        "list of texts",
+    ),
+    "an end outside": ({"tokenizer.ggml.eos_token_id": 384}, "makes 384 the eos token"),
     "heads that do not fit": ({"llama.attention.head_count": 7}, "multiple"),
     "no heads": ({"llama.attention.head_count": 0}, "0 heads"),
     "endless layers": ({"llama.block_count": 4294967295}, "num_hidden_layers"),
@@ -491,11 +548,10 @@ def test_what_llama_cpp_cannot_run_is_refused(tmp_path: Path, case: str) -> None
 
 
 def test_other_tokenizers_and_dtypes_are_refused(tmp_path: Path, hf_folder: Path) -> None:
-    model = llama()
-    folder = llama3_tokenizer_folder(tmp_path / "fast")
-    save_folder(model, folder)
-    with pytest.raises(ConfigError, match="only sentencepiece tokenizers"):
-        convert(folder, tmp_path / "out", Conversion(to="gguf"))
+    save_folder(llama(), tmp_path / "fast", processor=tiny_tokenizer())
+    (tmp_path / "fast" / "tokenizer.model").unlink()  # what is left says the same in a way that GGUF files cannot
+    with pytest.raises(ConfigError, match="of sentencepiece, Llama-3 and Qwen2"):
+        convert(tmp_path / "fast", tmp_path / "out", Conversion(to="gguf"))
     with pytest.raises(ConfigError, match="choose gguf_type"):
         convert(hf_folder, tmp_path / "out", Conversion(to="gguf", dtype=torch.float16))
 
