@@ -8,16 +8,24 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from torch import Tensor
 
+from llavakit.checkpoint.hf import save_folder
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava_config import LlavaConfig, LlavaNextConfig
+from llavakit.pretrained.causal_lm import LlavaLlamaForCausalLM
+from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
-from tests.tiny import tiny_tokenizer
+from llavakit.world.render import render, to_png
+from llavakit.world.scenes import Backdrop, Scene
+from tests.tiny import IMAGE_TOKEN, SIDE, tiny_processor, tiny_tokenizer
 
-__all__ = ["write_text", "write_tower"]
+__all__ = ["IDS", "PICTURE", "logits_of", "save_hf", "split_weights", "write_both", "write_text", "write_tower"]
 
+IDS = torch.tensor([[1, 5, 6, IMAGE_TOKEN, 7, 8]])
+PICTURE = to_png(render(Scene((), Backdrop("plain", (9, 99, 199), (0, 0, 0), 0)), 70, 30))
 _LAYER = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
@@ -29,6 +37,37 @@ _TOWER_LAYER = {
     "layer_norm1": "ln1", "layer_norm2": "ln2",
 }  # fmt: skip
 _EMBEDDINGS = {"class_embedding": "v.class_embd", "patch_embedding.weight": "v.patch_embd.weight"}
+
+
+def split_weights(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the language model's weights, without LLaVA's prefix, and the others."""
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    text = {name.removeprefix("language_model."): weight for name, weight in weights.items() if name.startswith("language_model.")}
+    return text, {name: weight for name, weight in weights.items() if not name.startswith("language_model.")}
+
+
+def write_both(
+    folder: Path, model: LlavaLlamaForCausalLM, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32, **how: Any
+) -> Path:
+    """Write a LLaVA as two files whose names say nothing."""
+    text, tower = split_weights(model)
+    write_text(folder / "first.gguf", model.config.text_config, text, kind)
+    write_tower(folder / "second.gguf", model.config, tower, kind, **how)
+    return folder
+
+
+def save_hf(folder: Path, model: LlavaLlamaForCausalLM, processor: LlavaProcessor | None = None) -> Path:
+    """Save in the Hugging Face layout."""
+    save_folder(model, folder, processor=tiny_processor() if processor is None else processor)
+    return folder
+
+
+def logits_of(model: Any) -> Tensor:
+    """Run a prompt with a picture of noise."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(1, 3, SIDE, SIDE, generator=generator)
+    result: Tensor = model(IDS, pixel_values=pixels).logits
+    return result
 
 
 def write_text(

@@ -45,6 +45,7 @@ _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 _OLD_ROWS = "original_vocab_size"
 """Our key in config.json: the rows before <image> needed one."""
 _MULTIPLE = 64
+_GGUF_TYPE: GgufType = "f16"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +54,8 @@ class Conversion:
 
     to: Output = "hf"
     """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the first, gguf is llama.cpp's."""
-    gguf_type: GgufType = "f16"
-    """How GGUF files store matrices."""
+    gguf_type: GgufType | None = None
+    """How GGUF files store matrices; None means f16. Only for them."""
     tokenizer: Path | None = None
     """Folder of the tokenizer, where it is not the source's."""
     sources: Sources = field(default_factory=Sources)
@@ -101,8 +102,7 @@ def convert(
     progress is told the bytes that are done and those in all. Raises: CheckpointError, ConfigError; StorageError where the destination
     exists (an empty folder may).
     """
-    if how.to == "gguf" and how.dtype is not None:
-        raise ConfigError("GGUF files have kinds of their own: leave dtype out and choose gguf_type")
+    _check_kinds(how)
     with _open(source, how) as opened:
         plan = _plan(opened, how)
         if how.is_dry:
@@ -113,16 +113,22 @@ def convert(
     return list(plan.sources)
 
 
+def _check_kinds(how: Conversion) -> None:
+    """Refuse what would not be heeded. Raises: ConfigError."""
+    if how.to == "gguf" and how.dtype is not None:
+        raise ConfigError("GGUF files have kinds of their own: leave dtype out and choose gguf_type")
+    if how.to != "gguf" and how.gguf_type is not None:
+        raise ConfigError(f"gguf_type is for GGUF files, not for {how.to}; choose dtype")
+
+
 def _write(opened: _Opened, plan: _Plan, folder: Path, tensors: Iterator[tuple[str, Tensor]], how: Conversion, source: Path) -> None:
     origin = how.sources.base_folder(source) if is_adapter(source) else source
     if how.to == "gguf":
-        write_gguf(plan.core, folder, plan.kinds, tensors, processor=opened.processor, source=origin, type=how.gguf_type)
+        write_gguf(plan.core, folder, plan.kinds, tensors, processor=opened.processor, source=origin, type=how.gguf_type or _GGUF_TYPE)
         return
     assert not isinstance(opened.processor, TextProcessor), "the other outputs take tokenizers"
     write = write_original if how.to == "original" else write_checkpoint
-    write(
-        plan.core, folder, plan.dtypes, tensors, processor=opened.processor, source=origin, max_shard_bytes=how.max_shard_bytes
-    )  # fmt: skip
+    write(plan.core, folder, plan.dtypes, tensors, processor=opened.processor, source=origin, max_shard_bytes=how.max_shard_bytes)
 
 
 @contextlib.contextmanager
@@ -160,7 +166,7 @@ def _plan(opened: _Opened, how: Conversion) -> _Plan:
     plan = plan_parts(build_core(opened.config), opened.parts)
     found = {target: (opened.parts[number], name) for (number, name), target in plan.items()}
     core = build_core(_new_config(opened, how.to))
-    kinds = gguf_kinds(core, how.gguf_type) if how.to == "gguf" else {}
+    kinds = gguf_kinds(core, how.gguf_type or _GGUF_TYPE) if how.to == "gguf" else {}
     prefix = _TEXT if how.to == "text" else ""
     sources = {name: found[prefix + name] for name, _ in core.named_parameters() if how.to != "gguf" or name in kinds}
     stored = {name: part.tensors.specs[source].dtype for name, (part, source) in sources.items()}

@@ -85,7 +85,7 @@ def _text_values(model: GgufModel) -> dict[str, Any]:
     heads = file.stated(f"{name}.attention.head_count", int)
     kv_heads = file.value(f"{name}.attention.head_count_kv", int)
     theta = file.value(f"{name}.rope.freq_base", float)
-    width = file.stated(f"{name}.embedding_length", int)
+    width, ends = file.stated(f"{name}.embedding_length", int), end_ids(file)
     return {
         "vocab_size": rows,
         "hidden_size": width,
@@ -102,7 +102,7 @@ def _text_values(model: GgufModel) -> dict[str, Any]:
         **({} if name == "qwen2" else {"attention_bias": "blk.0.attn_output.bias" in specs}),
         "mlp_bias": "blk.0.ffn_down.bias" in specs,
         "bos_token_id": role_id(file, "bos_token"),
-        "eos_token_id": role_id(file, "eos_token") if len(ends := end_ids(file)) < 2 else ends,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": role_id(file, "pad_token"),
     }
 
@@ -111,7 +111,10 @@ def _rope_scaling(file: GgufFile, name: str) -> dict[str, Any] | None:
     kind = file.value(f"{name}.rope.scaling.type", str)
     if "rope_freqs.weight" in file.specs or kind not in (None, "none", "linear"):
         raise CheckpointError(f"{file.path} scales its rotary positions in a way that is not read; none and linear are")
-    return {"type": "linear", "factor": file.stated(f"{name}.rope.scaling.factor", float)} if kind == "linear" else None
+    if kind == "linear":
+        return {"type": "linear", "factor": file.stated(f"{name}.rope.scaling.factor", float)}
+    older = file.value(f"{name}.rope.scale_linear", float)
+    return None if older is None or kind == "none" else {"type": "linear", "factor": older}
 
 
 def _llava_config(tower: GgufFile, text: LlamaConfig, tokens: list[str]) -> LlavaConfig:
