@@ -25,6 +25,7 @@ __all__ = ["IMAGE_TOKEN", "end_ids", "role_id", "token_values", "tokenizer_files
 
 IMAGE_TOKEN = "<image>"
 _ROLES = {"unk_token": "unknown", "bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+_USUAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 _SENTENCEPIECE, _BYTE_LEVEL = "llama", "gpt2"
 _OWN = (PieceType.NORMAL, PieceType.BYTE)
 _MAX_SCORE = 1e30
@@ -75,16 +76,16 @@ def _sentencepiece_files(
     scores = file.numbers("tokenizer.ggml.scores")
     if len(scores) != len(texts) or not all(abs(score) < _MAX_SCORE for score in scores):
         raise CheckpointError(f"{file.path} has {len(texts)} tokens and {len(scores)} scores, or scores that do not exist")
-    own = [0 if roles["unk_token"] is None else roles["unk_token"], roles["bos_token"], roles["eos_token"]]
-    ids = [index for index in own if index is not None]
-    if len(ids) < len(own):
-        raise CheckpointError(f"{file.path} has no bos or no eos token, which Llama's tokenizers have")
+    found = [_own_role(texts, types, roles[role], usual) for role, usual in _USUAL.items()]
+    ids = [index for index in found if index is not None]
+    if len(ids) < len(found):
+        raise CheckpointError(f"{file.path} has no unk, bos or eos token, which Llama's tokenizers have")
     num_pieces = 1 + max(_last_own(types), *ids)
     pieces = tuple(Piece(*entry) for entry in zip(texts[:num_pieces], scores[:num_pieces], types[:num_pieces], strict=True))
     has_dummy_space = file.value("tokenizer.ggml.add_space_prefix", bool) is not False
     values = {
         **settings,
-        "unk_token": texts[ids[0]],
+        **({} if roles["unk_token"] is not None else {"unk_token": texts[ids[0]]}),
         "add_bos_token": file.value("tokenizer.ggml.add_bos_token", bool) is not False,
         "add_eos_token": file.value("tokenizer.ggml.add_eos_token", bool) is True,
         "added_tokens_decoder": {str(index): entry_of_token(token) for index, token in _added(texts, types, num_pieces).items()},
@@ -104,6 +105,14 @@ def _byte_level_files(file: GgufFile, texts: list[str], types: list[int], settin
     bos = settings["bos_token"] if file.value("tokenizer.ggml.add_bos_token", bool) is True else None
     values = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
     return {JSON_NAME: pieces.to_json(bos).encode(), "tokenizer_config.json": json_bytes(values)}
+
+
+def _own_role(texts: list[str], types: list[int], stated: int | None, usual: str) -> int | None:
+    """Return which of the model's own tokens holds a role: the one that is stated, or the usual one where that was added later."""
+    usual_id = texts.index(usual) if usual in texts else None
+    kinds = (PieceType.UNKNOWN, PieceType.CONTROL)
+    last = _last_own(types)
+    return next((index for index in (stated, usual_id) if index is not None and index <= last and types[index] in kinds), None)
 
 
 def _last_own(types: list[int]) -> int:

@@ -189,6 +189,15 @@ def test_tokenizers_give_the_originals_ids(tmp_path: Path, words: Callable[[], L
     assert (read.pad_token_id, read.bos_token_id, read.eos_token_id) == (tokenizer.pad_token_id, 1, 2)
 
 
+def test_an_end_that_was_added_later_holds_its_role(tmp_path: Path) -> None:
+    tokenizer = LlamaTokenizer(tiny_tokenizer().model_file, added_tokens={"<|im_end|>": 352}, eos_token="<|im_end|>")
+    weights = {"model.embed_tokens.weight": torch.zeros(VOCAB, 4)}
+    path = write_text(tmp_path / "x.gguf", llama_config(), weights, tokenizer=tokenizer, values={"tokenizer.ggml.eos_token_id": 352})
+    read = gguf_tokenizer(path)
+    assert (read.eos_token, read.eos_token_id, read.find_token("</s>")) == ("<|im_end|>", 352, 2)
+    assert read("hello<|im_end|>")["input_ids"] == tokenizer("hello<|im_end|>")["input_ids"]
+
+
 BYTE_LEVEL = {"llama-bpe": llama3_tokenizer_folder, "qwen2": qwen_tokenizer_folder}
 
 
