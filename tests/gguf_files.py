@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from torch import Tensor
 
+from llavakit.checkpoint.hf import save_folder
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava_config import LlavaConfig, LlavaNextConfig
+from llavakit.pretrained.causal_lm import LlavaLlamaForCausalLM
+from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
-from tests.tiny import tiny_tokenizer
+from llavakit.world.render import render, to_png
+from llavakit.world.scenes import Backdrop, Scene
+from tests.tiny import IMAGE_TOKEN, SIDE, tiny_processor, tiny_tokenizer
 
-__all__ = ["write_text", "write_tower"]
+__all__ = ["IDS", "PICTURE", "logits_of", "save_hf", "split_weights", "write_both", "write_text", "write_tower"]
 
+IDS = torch.tensor([[1, 5, 6, IMAGE_TOKEN, 7, 8]])
+PICTURE = to_png(render(Scene((), Backdrop("plain", (9, 99, 199), (0, 0, 0), 0)), 70, 30))
 _LAYER = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
@@ -29,13 +39,44 @@ _TOWER_LAYER = {
 _EMBEDDINGS = {"class_embedding": "v.class_embd", "patch_embedding.weight": "v.patch_embd.weight"}
 
 
+def split_weights(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the language model's weights, without LLaVA's prefix, and the others."""
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    text = {name.removeprefix("language_model."): weight for name, weight in weights.items() if name.startswith("language_model.")}
+    return text, {name: weight for name, weight in weights.items() if not name.startswith("language_model.")}
+
+
+def write_both(
+    folder: Path, model: LlavaLlamaForCausalLM, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32, **how: Any
+) -> Path:
+    """Write a LLaVA as two files whose names say nothing."""
+    text, tower = split_weights(model)
+    write_text(folder / "first.gguf", model.config.text_config, text, kind)
+    write_tower(folder / "second.gguf", model.config, tower, kind, **how)
+    return folder
+
+
+def save_hf(folder: Path, model: LlavaLlamaForCausalLM, processor: LlavaProcessor | None = None) -> Path:
+    """Save in the Hugging Face layout."""
+    save_folder(model, folder, processor=tiny_processor() if processor is None else processor)
+    return folder
+
+
+def logits_of(model: Any) -> Tensor:
+    """Run a prompt with a picture of noise."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(1, 3, SIDE, SIDE, generator=generator)
+    result: Tensor = model(IDS, pixel_values=pixels).logits
+    return result
+
+
 def write_text(
     path: Path,
     config: LlamaConfig,
     weights: dict[str, Tensor],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     *,
-    tokenizer: LlamaTokenizer | None = None,
+    tokenizer: LlamaTokenizer | LlamaTokenizerFast | None = None,
     num_splits: int = 1,
     values: dict[str, Any] | None = None,
 ) -> Path:
@@ -50,7 +91,10 @@ def write_text(
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    _add_tokens(writer, tiny_tokenizer() if tokenizer is None else tokenizer, config.vocab_size)
+    if isinstance(tokenizer, LlamaTokenizerFast):
+        _add_byte_level(writer, tokenizer, config.vocab_size)
+    else:
+        _add_tokens(writer, tiny_tokenizer() if tokenizer is None else tokenizer, config.vocab_size)
     for key, value in (values or {}).items():
         add: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add.get(type(value), writer.add_array)(key, value)
@@ -132,6 +176,22 @@ def _add_tokens(writer: gguf.GGUFWriter, tokenizer: LlamaTokenizer, num_rows: in
     writer.add_unk_token_id(0)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
+
+
+def _add_byte_level(writer: gguf.GGUFWriter, tokenizer: LlamaTokenizerFast, num_rows: int) -> None:
+    document = json.loads(tokenizer.files()["tokenizer.json"])
+    entries = {index: (text, 1) for text, index in document["model"]["vocab"].items()}
+    entries |= {entry["id"]: (entry["content"], 3 if entry["special"] else 4) for entry in document["added_tokens"]}
+    rows = [entries.get(index, (f"[PAD{index}]", 5)) for index in range(num_rows)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([text for text, _ in rows])
+    writer.add_token_types([kind for _, kind in rows])
+    writer.add_token_merges(document["model"]["merges"])
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id}
+    for name, index in ids.items():
+        if index is not None:
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
+    writer.add_add_bos_token(tokenizer.add_bos_token)
 
 
 def _interleaved(array: Any, num_heads: int) -> Any:

@@ -26,6 +26,7 @@ from llavakit.checkpoint.load import build_core
 from llavakit.checkpoint.opening import Checkpoint, Need, Weight, open_checkpoint
 from llavakit.checkpoint.original import write_original
 from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_tower
+from llavakit.checkpoint.pieces import PieceReader
 from llavakit.errors import ConfigError
 from llavakit.logs import logger
 from llavakit.model.config import LlamaConfig
@@ -51,6 +52,7 @@ _OLD_ROWS = "original_vocab_size"
 """Our key in config.json: the rows before <image> needed one."""
 _MULTIPLE = 64
 _NEEDS: Mapping[Output, Need] = {"text": "words", "gguf": "chat"}
+_GGUF_TYPE: GgufType = "f16"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +62,8 @@ class Conversion:
     to: Output = "hf"
     """hf is the Hugging Face layout, original is LLaVA's own, text is a LLaVA's language model alone in the first, gguf is llama.cpp's;
     adapter leaves an adapter one, for peft over transformers' classes."""
-    gguf_type: GgufType = "f16"
-    """How GGUF files store matrices."""
+    gguf_type: GgufType | None = None
+    """How GGUF files store matrices; None means f16. Only for them."""
     tokenizer: Path | None = None
     """Folder of the tokenizer, where it is not the source's."""
     fresh: Fresh | None = None
@@ -103,12 +105,9 @@ def convert(
     progress is told the bytes that are done and those in all. Raises: CheckpointError, ConfigError; StorageError where the destination
     exists (an empty folder may).
     """
+    _check_kinds(how)
     if how.to == "adapter":
-        if how.dtype is not None or how.fresh is not None:
-            raise ConfigError("an adapter keeps its dtype, and no LLaVA is built for it; leave out what asks for either")
         return export_adapter(source, destination, how.sources, is_dry=how.is_dry)
-    if how.to == "gguf" and how.dtype is not None:
-        raise ConfigError("GGUF files have kinds of their own: leave dtype out and choose gguf_type")
     with _open(source, how) as opened:
         plan = _plan(opened, how)
         if how.is_dry:
@@ -118,16 +117,24 @@ def convert(
     return list(plan.sources)
 
 
+def _check_kinds(how: Conversion) -> None:
+    """Refuse what would not be heeded. Raises: ConfigError."""
+    if how.to == "adapter" and (how.dtype is not None or how.fresh is not None):
+        raise ConfigError("an adapter keeps its dtype, and no LLaVA is built for it; leave out what asks for either")
+    if how.to == "gguf" and how.dtype is not None:
+        raise ConfigError("GGUF files have kinds of their own: leave dtype out and choose gguf_type")
+    if how.to != "gguf" and how.gguf_type is not None:
+        raise ConfigError(f"gguf_type is for GGUF files, not for {how.to}; choose dtype")
+
+
 def _write(opened: Checkpoint, plan: _Plan, folder: Path, tensors: Iterator[tuple[str, Tensor]], how: Conversion, source: Path) -> None:
     origin = how.sources.base_folder(source) if is_adapter(source) else source
     if how.to == "gguf":
-        write_gguf(plan.core, folder, plan.kinds, tensors, processor=opened.processor, source=origin, type=how.gguf_type)
+        write_gguf(plan.core, folder, plan.kinds, tensors, processor=opened.processor, source=origin, type=how.gguf_type or _GGUF_TYPE)
         return
     assert not isinstance(opened.processor, TextProcessor), "the other outputs take tokenizers"
     write = write_original if how.to == "original" else write_checkpoint
-    write(
-        plan.core, folder, plan.dtypes, tensors, processor=opened.processor, source=origin, max_shard_bytes=how.max_shard_bytes
-    )  # fmt: skip
+    write(plan.core, folder, plan.dtypes, tensors, processor=opened.processor, source=origin, max_shard_bytes=how.max_shard_bytes)
 
 
 @contextlib.contextmanager
@@ -159,7 +166,7 @@ def _built(language_model: Checkpoint, tower: Path, seen: Part, fresh: Fresh) ->
 def _plan(opened: Checkpoint, how: Conversion) -> _Plan:
     """Decide on names and shapes alone. Raises: CheckpointError, ConfigError."""
     core = build_core(_new_config(opened, how.to))
-    kinds = gguf_kinds(core, how.gguf_type) if how.to == "gguf" else {}
+    kinds = gguf_kinds(core, how.gguf_type or _GGUF_TYPE) if how.to == "gguf" else {}
     prefix = _TEXT if how.to == "text" else ""
     sources = {name: opened.weights[prefix + name] for name, _ in core.named_parameters() if how.to != "gguf" or name in kinds}
     stored = {name: weight.spec.dtype for name, weight in sources.items()}
@@ -203,13 +210,13 @@ def _with_rows(kind: type[LlavaConfig], values: dict[str, Any], rows: int) -> Ll
 def _read(plan: _Plan, progress: Callable[[int, int], None] | None) -> Iterator[tuple[str, Tensor]]:
     """Read the weights in the order of writing, for GGUF whole, else in pieces; rows are added to or cut from the vocabulary's tables."""
     shapes = {name: tuple(weight.shape) for name, weight in plan.core.named_parameters()}
-    done, total = 0, plan.num_bytes()
+    done, total, reader = 0, plan.num_bytes(), PieceReader()
     for name, weight in plan.sources.items():
         dtype = plan.dtypes[name]
         if plan.kinds:
             yield name, weight.read(dtype)
         elif weight.spec.shape == shapes[name]:
-            yield from ((name, piece) for piece in weight.pieces(dtype))
+            yield from ((name, piece) for piece in reader.pieces(weight, dtype))
         else:
             assert name.endswith(_EMBEDDINGS), "only the vocabulary changes its size"
             yield name, resized_rows(weight.read(dtype), shapes[name][0])

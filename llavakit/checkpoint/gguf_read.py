@@ -28,12 +28,10 @@ from llavakit.storage.hub import check_inside
 from llavakit.storage.pickle_tensors import PICKLE
 from llavakit.storage.tensors import SAFETENSORS, FilePlace, TensorSource, TensorSpec
 
-__all__ = ["ARCHITECTURES", "NO_PAIRS", "GgufModel", "is_gguf", "open_gguf"]
+__all__ = ["GgufModel", "is_gguf", "num_tower_layers", "open_gguf"]
 
-ARCHITECTURES = ("llama", "qwen2")
-"""Language models that are read."""
-NO_PAIRS = ("qwen2",)
-"""Those among them that turn the halves of a head, as we do."""
+_PAIRED, _HALVED = "llama", "qwen2"
+"""The architectures that are read, by how the rotary embedding turns a head: neighbouring pairs, or the two halves as we do."""
 _TOWER = "clip"
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.gguf")
 _ROTARY = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
@@ -150,8 +148,8 @@ def _whole(path: Path, texts: Sequence[GgufFile]) -> tuple[GgufFile, ...]:
             f"{path}: the splits {_names(ordered)} have {len(names)} tensors, {len(set(names))} names, and state {stated}"
         )
     architecture = ordered[0].stated("general.architecture", str)
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(f"{ordered[0].path} holds a model of the architecture {architecture!r}; {', '.join(ARCHITECTURES)} are read")
+    if architecture not in (_PAIRED, _HALVED):
+        raise CheckpointError(f"{ordered[0].path} holds a model of the architecture {architecture!r}; {_PAIRED} and {_HALVED} are read")
     return ordered
 
 
@@ -180,7 +178,7 @@ class _Text:
 
     def __init__(self, model: GgufModel) -> None:
         self._files, self._head_width = model.texts, model.head_width
-        self._has_pairs = model.architecture not in NO_PAIRS
+        self._has_pairs = model.architecture == _PAIRED
         self.specs: Mapping[str, TensorSpec] = model.text_specs
 
     def read(self, name: str) -> Tensor:

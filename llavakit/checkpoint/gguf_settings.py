@@ -1,6 +1,6 @@
 """What the metadata of GGUF files means: configuration, tokenizer, template and preprocessing.
 
-Owns: read_gguf_config, gguf_processor, gguf_tokenizer, and the keys that are read and written.
+Owns: read_gguf_config, gguf_processor, gguf_tokenizer.
 Tokenizer and template are put down as the small files that every other layout has, and read from there, by the same rules.
 Two keys are ours: llavakit.template names the conversation template where the chat template's text may be of several, and
 clip.vision.image_aspect_ratio, which llama.cpp's first converter wrote too, says how pictures become square.
@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
-
 from llavakit.checkpoint.gguf_read import GgufModel, num_tower_layers, open_gguf
+from llavakit.checkpoint.gguf_tokens import IMAGE_TOKEN, end_ids, role_id, tokenizer_files
 from llavakit.checkpoint.original import original_processor
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.config import DECODERS, LlamaConfig
@@ -31,9 +30,8 @@ from llavakit.processing.image import ImageProcessor
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.template_choice import TEMPLATE_KEY
 from llavakit.processing.text import TextProcessor
-from llavakit.processing.tokenizer.added_tokens import entry_of_token
-from llavakit.processing.tokenizer.sentence_model import MODEL_NAME
-from llavakit.processing.tokenizer.sentence_pieces import Piece, PieceType, SentencePieces
+from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
+from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.documents import json_bytes
 from llavakit.storage.gguf_file import GgufFile
@@ -41,11 +39,7 @@ from llavakit.storage.gguf_file import GgufFile
 __all__ = ["OUR_TEMPLATE", "gguf_processor", "gguf_tokenizer", "read_gguf_config"]
 
 OUR_TEMPLATE = "llavakit.template"
-_IMAGE_TOKEN = "<image>"
 _FLOAT32_STEP = 2.0**-24  # of numbers below 1
-_ROLES = {"unk_token": "unknown", "bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
-_MAX_SCORE = 1e30
-_PIECES = (PieceType.NORMAL, PieceType.BYTE)
 
 
 def read_gguf_config(path: Path, tower: Path | None = None) -> LlamaConfig | LlavaConfig:
@@ -73,10 +67,10 @@ def gguf_processor(
         return replace(processor, image_processor=replace(processor.image_processor, mean=mean, std=std))
 
 
-def gguf_tokenizer(path: Path) -> LlamaTokenizer:
+def gguf_tokenizer(path: Path) -> LlamaTokenizer | LlamaTokenizerFast:
     """Build the tokenizer alone. Raises: CheckpointError."""
     with open_gguf(path) as model, _small_files(model, None) as folder:
-        return LlamaTokenizer.from_pretrained(folder, legacy=True)
+        return load_tokenizer(folder)
 
 
 def _text_values(model: GgufModel) -> dict[str, Any]:
@@ -91,7 +85,7 @@ def _text_values(model: GgufModel) -> dict[str, Any]:
     heads = file.stated(f"{name}.attention.head_count", int)
     kv_heads = file.value(f"{name}.attention.head_count_kv", int)
     theta = file.value(f"{name}.rope.freq_base", float)
-    width = file.stated(f"{name}.embedding_length", int)
+    width, ends = file.stated(f"{name}.embedding_length", int), end_ids(file)
     return {
         "vocab_size": rows,
         "hidden_size": width,
@@ -107,7 +101,9 @@ def _text_values(model: GgufModel) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in specs,
         **({} if name == "qwen2" else {"attention_bias": "blk.0.attn_output.bias" in specs}),
         "mlp_bias": "blk.0.ffn_down.bias" in specs,
-        **{f"{role}_id": _role_id(file, role) for role in ("bos_token", "eos_token", "pad_token")},
+        "bos_token_id": role_id(file, "bos_token"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": role_id(file, "pad_token"),
     }
 
 
@@ -115,7 +111,10 @@ def _rope_scaling(file: GgufFile, name: str) -> dict[str, Any] | None:
     kind = file.value(f"{name}.rope.scaling.type", str)
     if "rope_freqs.weight" in file.specs or kind not in (None, "none", "linear"):
         raise CheckpointError(f"{file.path} scales its rotary positions in a way that is not read; none and linear are")
-    return {"type": "linear", "factor": file.stated(f"{name}.rope.scaling.factor", float)} if kind == "linear" else None
+    if kind == "linear":
+        return {"type": "linear", "factor": file.stated(f"{name}.rope.scaling.factor", float)}
+    older = file.value(f"{name}.rope.scale_linear", float)
+    return None if older is None or kind == "none" else {"type": "linear", "factor": older}
 
 
 def _llava_config(tower: GgufFile, text: LlamaConfig, tokens: list[str]) -> LlavaConfig:
@@ -127,7 +126,7 @@ def _llava_config(tower: GgufFile, text: LlamaConfig, tokens: list[str]) -> Llav
         raise CheckpointError(f"{tower.path} has {num_layers} layers of a tower, and states {stated}")
     depths = _feature_depths(tower, num_layers)
     projector = {name.split(".")[1] for name in tower.specs if name.startswith("mm.")}
-    image = tokens.index(_IMAGE_TOKEN) if _IMAGE_TOKEN in tokens else None
+    image = tokens.index(IMAGE_TOKEN) if IMAGE_TOKEN in tokens else None
     layers = [depth - num_layers - 1 for depth in depths]
     is_clip = "v.class_embd" in tower.specs
     values = {
@@ -194,22 +193,13 @@ def _texts(model: GgufModel) -> list[str]:
     return model.text.texts("tokenizer.ggml.tokens")
 
 
-def _role_id(file: GgufFile, role: str) -> int | None:
-    """Return the id of a role's token. Raises: CheckpointError where there is no such token."""
-    index = file.value(f"tokenizer.ggml.{_ROLES[role]}_token_id", int)
-    num_tokens = len(file.texts("tokenizer.ggml.tokens"))
-    if index is not None and num_tokens and not 0 <= index < num_tokens:
-        raise CheckpointError(f"{file.path} makes {index} the {role}, but there are {num_tokens} tokens")
-    return index
-
-
 @contextlib.contextmanager
 def _small_files(model: GgufModel, config: LlamaConfig | LlavaConfig | None) -> Iterator[Path]:
     """Put down the small files of a checkpoint's folder for as long as the block lasts; errors name the GGUF file."""
     file = model.text
     template = file.value(OUR_TEMPLATE, str)
     files = {
-        **_tokenizer_files(file),
+        **tokenizer_files(file),
         **({} if config is None else {"config.json": json_bytes(config.to_dict())}),
         **({} if template is None else {"processor_config.json": json_bytes({TEMPLATE_KEY: template})}),
     }
@@ -221,42 +211,3 @@ def _small_files(model: GgufModel, config: LlamaConfig | LlavaConfig | None) -> 
             yield folder
         except CheckpointError as error:
             raise CheckpointError(f"{file.path}: {str(error).replace(str(folder), 'its metadata')}") from error
-
-
-def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
-    """Build tokenizer.model and tokenizer_config.json. Raises: CheckpointError."""
-    model = file.stated("tokenizer.ggml.model", str)
-    if model != "llama":
-        raise CheckpointError(f"{file.path} has a tokenizer of the kind {model!r}; llama (sentencepiece) is read")
-    texts = file.texts("tokenizer.ggml.tokens")
-    scores, types = file.numbers("tokenizer.ggml.scores"), file.integers("tokenizer.ggml.token_type")
-    if not len(texts) == len(scores) == len(types):
-        raise CheckpointError(f"{file.path} has {len(texts)} tokens, {len(scores)} scores and {len(types)} types")
-    if not set(types) <= set(PieceType) or not all(abs(score) < _MAX_SCORE for score in scores):
-        raise CheckpointError(f"{file.path} has tokens of types or scores that do not exist")
-    roles = {role: _role_id(file, role) for role in _ROLES}
-    own = [0 if roles["unk_token"] is None else roles["unk_token"], roles["bos_token"], roles["eos_token"]]
-    ids = [index for index in own if index is not None]
-    if len(ids) < len(own) or not texts:
-        raise CheckpointError(f"{file.path} lacks tokens, or a bos or eos among them")
-    num_pieces = 1 + max(max((index for index, kind in enumerate(types) if kind in _PIECES), default=0), *ids)
-    pieces = tuple(Piece(*entry) for entry in zip(texts[:num_pieces], scores[:num_pieces], types[:num_pieces], strict=True))
-    has_dummy_space = file.value("tokenizer.ggml.add_space_prefix", bool) is not False
-    added = {
-        str(index): entry_of_token(AddedToken(texts[index], normalized=False, special=_is_special(texts[index], types[index])))
-        for index in range(num_pieces, len(texts))
-        if types[index] != PieceType.UNUSED
-    }
-    settings: Mapping[str, Any] = {
-        **{role: None if index is None else texts[index] for role, index in roles.items()},
-        "unk_token": texts[ids[0]],
-        "add_bos_token": file.value("tokenizer.ggml.add_bos_token", bool) is not False,
-        "add_eos_token": file.value("tokenizer.ggml.add_eos_token", bool) is True,
-        "added_tokens_decoder": added,
-        "chat_template": file.value("tokenizer.chat_template", str),
-    }
-    return {MODEL_NAME: SentencePieces(pieces, has_dummy_space).to_model(ids), "tokenizer_config.json": json_bytes(settings)}
-
-
-def _is_special(text: str, kind: int) -> bool:
-    return kind == PieceType.CONTROL or text == _IMAGE_TOKEN

@@ -2,7 +2,7 @@
 
 Owns: GgufType, gguf_kinds (how each tensor is stored), write_gguf: model-TYPE.gguf, mmproj-TYPE.gguf and a Modelfile.
 Refuses: what llama.cpp cannot run: projectors other than two layers with biases, class tokens among the features, rotary scaling other
-than linear, tokenizers other than sentencepiece BPE.
+than linear, tokenizers other than those of sentencepiece, Llama-3 and Qwen2.
 Invariant: memory holds one tensor. Norms and biases are float32, as llama.cpp wants them.
 Against llama.cpp's known defects with pictures: all layers of the tower are written and clip.vision.feature_layer says which hidden
 state is meant (or one layer too few runs), the tower's last norm is left out (or it is applied), vocabulary rows without a token are named
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from llavakit.checkpoint.card import choose_licence, copy_licences
 from llavakit.checkpoint.gguf_settings import OUR_TEMPLATE
+from llavakit.checkpoint.gguf_tokens import token_values
 from llavakit.checkpoint.layouts import gguf_layout, gguf_tower_layout
 from llavakit.checkpoint.modelfile import MODELFILE_NAME, modelfile
 from llavakit.checkpoint.rotary_order import to_pairs
@@ -37,7 +38,7 @@ from llavakit.processing.chat import TEMPLATES, ChatTemplate, Turns
 from llavakit.processing.jinja import jinja_text
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.text import TextProcessor
-from llavakit.processing.tokenizer.sentence_pieces import PieceType, SentencePieces
+from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.gguf_file import KINDS, GgufKind, gguf_library
 
@@ -52,7 +53,6 @@ _TOWER_TYPES: Mapping[GgufType, GgufType] = {"f32": "f32", "bf16": "bf16", "f16"
 _TEXT, _DECODER = "language_model.", "model."
 _POST_NORM = "vision_tower.vision_model.post_layernorm."
 _ASPECTS = {"pad": "pad", "anyres": "anyres", "crop": "square", "stretch": "square"}
-_ADDED_SCORE, _PAD_SCORE = -1000.0, -10000.0
 _QUANTISATION_VERSION = 2
 
 
@@ -88,11 +88,13 @@ def write_gguf(
     type: GgufType,
 ) -> None:
     """Write the files of a model whose weights come one by one, in the order of kinds. Raises: ConfigError, CheckpointError."""
-    words, template = _words_of(processor), processor.template if isinstance(processor, LlavaProcessor | TextProcessor) else None
+    words = processor.tokenizer if isinstance(processor, LlavaProcessor | TextProcessor) else processor
+    assert isinstance(words, LlamaTokenizer | LlamaTokenizerFast), "load_tokenizer knows no other"
+    template = processor.template if isinstance(processor, LlavaProcessor | TextProcessor) else None
     prefix = f"{_TEXT}{_DECODER}" if isinstance(core, LlavaCore) else _DECODER
     head = f"{_TEXT}lm_head." if isinstance(core, LlavaCore) else "lm_head."
     layout = gguf_layout(core.text_config.num_hidden_layers, prefix, head)
-    values = {**_about(source, type), **_text_values(core.text_config), **_token_values(words, template, core.text_config.vocab_size)}
+    values = {**_about(source, type), **_text_values(core.text_config), **_token_values(words, template, core.text_config)}
     text = _Output(f"model-{type}.gguf", values, {name: _named(layout.source(name)) for name in kinds if layout.source(name) is not None})
     outputs = [text]
     if isinstance(core, LlavaCore):
@@ -199,13 +201,6 @@ def _check(config: LlamaConfig | LlavaConfig) -> None:
         raise ConfigError(f"llama.cpp puts hidden states side by side in their order, not as {config.vision_feature_layer}")
 
 
-def _words_of(processor: object) -> LlamaTokenizer:
-    words = processor.tokenizer if isinstance(processor, LlavaProcessor | TextProcessor) else processor
-    if not isinstance(words, LlamaTokenizer):
-        raise ConfigError("only sentencepiece tokenizers (tokenizer.model) are written into GGUF files; this model has another kind")
-    return words
-
-
 def _about(source: Path, type: GgufType) -> dict[str, Any]:
     licence = choose_licence(None, source)
     stated = {
@@ -244,28 +239,16 @@ def _text_values(config: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def _token_values(words: LlamaTokenizer, template: ChatTemplate | None, num_rows: int) -> dict[str, Any]:
-    """Describe the tokenizer, with an entry for every row of the embedding. Raises: ConfigError."""
-    model = SentencePieces.of_model(words.model_file)
-    if not model.is_llama:
-        raise ConfigError("GGUF files hold sentencepiece BPE models that leave a text as it is; this model's tokenizer is another one")
-    entries = {index: (piece.text, piece.score, int(piece.type)) for index, piece in enumerate(model.pieces)}
-    for index, token in words.added_tokens_decoder.items():
-        if index >= len(model.pieces):
-            entries[index] = (token.content, _ADDED_SCORE, PieceType.CONTROL if token.special else PieceType.USER_DEFINED)
-    rows = [entries.get(index, (f"[PAD{index}]", _PAD_SCORE, PieceType.UNUSED)) for index in range(num_rows)]
-    roles = {"bos": words.bos_token_id, "eos": words.eos_token_id, "unknown": words.unk_token_id, "padding": words.pad_token_id}
+def _token_values(words: LlamaTokenizer | LlamaTokenizerFast, template: ChatTemplate | None, config: LlamaConfig) -> dict[str, Any]:
+    """Describe tokenizer and template. Raises: ConfigError."""
+    has_bos = (words.add_bos_token if template is None else template.has_bos) and words.bos_token_id is not None
+    others = [index for index in config.end_ids() if index != words.eos_token_id]
     chat = None if template is None or not isinstance(template.form, Turns) else jinja_text(template)
     return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": [text for text, _, _ in rows],
-        "tokenizer.ggml.scores": [score for _, score, _ in rows],
-        "tokenizer.ggml.token_type": [int(kind) for _, _, kind in rows],
-        **{f"tokenizer.ggml.{role}_token_id": index for role, index in roles.items() if index is not None and index < num_rows},
-        "tokenizer.ggml.add_bos_token": words.add_bos_token if template is None else template.has_bos,
+        **token_values(words, config.vocab_size),
+        "tokenizer.ggml.add_bos_token": has_bos,
         "tokenizer.ggml.add_eos_token": words.add_eos_token,
-        "tokenizer.ggml.add_space_prefix": model.has_dummy_space,
+        **({"tokenizer.ggml.eot_token_id": others[0]} if others else {}),
         **({} if chat is None else {"tokenizer.chat_template": chat}),
         **({} if template is None or template.name not in TEMPLATES else {OUR_TEMPLATE: template.name}),
     }

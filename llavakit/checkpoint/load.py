@@ -38,7 +38,7 @@ from llavakit.storage.tensors import TensorSource
 
 __all__ = [
     "build_core",
-    "checked",
+    "check_finite",
     "load_config",
     "load_core",
     "load_processor",
@@ -189,19 +189,18 @@ def read_weight(tensors: TensorSource, name: str, dtype: torch.dtype | None) -> 
 
     Raises: CheckpointError for one that no model can have.
     """
-    return checked(name, tensors.read(name), tensors.specs[name].dtype if dtype is None else dtype)
-
-
-def checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a weight, or a piece of it. Raises: CheckpointError for values that no model can have."""
+    tensor = tensors.read(name)
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} is stored as {tensor.dtype}; only floating-point weights are read")
-    if tensor.dtype.itemsize == dtype.itemsize == 2:
-        tensor = tensor.to(torch.promote_types(tensor.dtype, dtype))  # float32: PyTorch is four times slower between the halves directly
-    tensor = tensor.to(dtype)
+    tensor = tensor.to(tensors.specs[name].dtype if dtype is None else dtype)
+    check_finite(name, tensor)
+    return tensor
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Check that a weight, or a piece of it, holds only what a model can have. Raises: CheckpointError."""
     if not _is_finite(tensor):
         raise CheckpointError(f"tensor {name} holds NaN or infinite values in {tensor.dtype}; the file is damaged, or choose a wider dtype")
-    return tensor
 
 
 def _is_finite(tensor: Tensor) -> bool:

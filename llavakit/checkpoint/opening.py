@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from llavakit.checkpoint.layouts import LLAMA
-from llavakit.checkpoint.load import build_core, checked, load_config, load_processor, load_words, plan_parts, read_weight, tied_names
+from llavakit.checkpoint.load import build_core, load_config, load_processor, load_words, plan_parts, read_weight, tied_names
 from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
 from llavakit.checkpoint.parts import Part, Sources, open_parts
 from llavakit.errors import CheckpointError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
-from llavakit.ops.threads import one_thread
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.text import TextProcessor
 from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
@@ -35,7 +34,6 @@ from llavakit.storage.tensors import TensorSpec
 Processor = LlavaProcessor | TextProcessor | LlamaTokenizer | LlamaTokenizerFast
 Need = Literal["files", "words", "chat"]
 """What goes along in the HF layout (a language model alone has no more than a tokenizer); the tokenizer alone; a processor that chats."""
-_PIECE_BYTES = 8 << 20
 
 __all__ = ["Checkpoint", "Need", "Processor", "Weight", "open_checkpoint"]
 
@@ -56,22 +54,6 @@ class Weight:
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Read the values, cast to dtype unless it is None. Raises: CheckpointError, also for values that are not finite."""
         return read_weight(self.part.tensors, self.name, dtype)
-
-    def pieces(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """Read the values flat and, where they lie in a file as they are, piece by piece, so that memory holds little of them.
-
-        Raises: CheckpointError, as read.
-        """
-        place, spec = self.part.tensors.place(self.name), self.spec
-        dtype = spec.dtype if dtype is None else dtype
-        if place is None or spec.num_bytes <= _PIECE_BYTES:
-            yield self.read(dtype).reshape(-1)
-            return
-        for start in range(0, spec.num_bytes, _PIECE_BYTES):
-            piece = place.read(min(_PIECE_BYTES, spec.num_bytes - start), start).view(spec.dtype)
-            with one_thread():
-                piece = checked(self.name, piece, dtype)
-            yield piece
 
 
 @dataclass(frozen=True)

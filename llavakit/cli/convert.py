@@ -22,7 +22,7 @@ def convert(
     destination: Path,
     *,
     to: Literal["hf", "original", "text", "gguf", "adapter"] = "hf",
-    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16",
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None,
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
     base: str | None = None,
     vision_tower: str | None = None,
@@ -47,7 +47,7 @@ def convert(
         hf is the Hugging Face layout, original is LLaVA's own, text is the language model of a LLaVA alone, gguf is for llama.cpp
         and Ollama; adapter is an adapter that stays one, for peft over transformers' LLaVA.
     gguf_type
-        How GGUF files store matrices.
+        How GGUF files store matrices; f16 when left out.
     dtype
         Of the new weights; auto keeps the files', bit for bit, and makes float16 of packed ones.
     base
@@ -62,7 +62,7 @@ def convert(
     seed
         Seed of a fresh projector's weights; 0 when left out.
     max_shard_size
-        Most bytes of a file, like 5GB or 200MiB.
+        Most bytes of a safetensors file, like 5GB or 200MiB; GGUF files are whole.
     revision
         Branch, tag or commit of a hub id.
     allow_pickle

@@ -27,7 +27,7 @@ class ModelOptions:
     """Which model, and how it runs."""
 
     model: str | None = None
-    """Folder or hub id; the embedded miniature when left out."""
+    """Folder, GGUF file or hub id; the embedded miniature when left out."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -41,7 +41,7 @@ class ModelOptions:
     base: str | None = None
     """Folder or hub id of the model that an adapter, a delta or a projector belongs to."""
     vision_tower: str | None = None
-    """Folder or hub id of the tower of an original LLaVA, in place of the one that its config names."""
+    """Folder or hub id of the tower of an original LLaVA, in place of the one that its config names; the mmproj of a GGUF file."""
     allow_pickle: bool = False
     """Read pytorch_model.bin files too."""
 

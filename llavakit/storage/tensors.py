@@ -85,8 +85,12 @@ class FilePlace:
         """Read bytes from an offset on. Raises: CheckpointError."""
         data = torch.empty(num_bytes, dtype=torch.uint8)
         if num_bytes:
-            read_into(data.numpy().data, self.path, self.descriptor, self.start + offset)
+            self.read_into(data, offset)
         return data
+
+    def read_into(self, data: Tensor, offset: int) -> None:
+        """Fill data, uint8 [bytes], from an offset on. Raises: CheckpointError."""
+        read_into(data.numpy().data, self.path, self.descriptor, self.start + offset)
 
 
 class TensorFile:

@@ -1,4 +1,4 @@
-"""checkpoint.opening: weights read whole and in pieces, from safetensors, pickles and what is computed."""
+"""checkpoint.opening and pieces: weights read whole and in pieces, from safetensors, pickles and what is computed."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llavakit.checkpoint import opening
+from llavakit.checkpoint import pieces
 from llavakit.checkpoint.opening import open_checkpoint
 from llavakit.checkpoint.parts import Sources
+from llavakit.checkpoint.pieces import PieceReader
 from llavakit.errors import CheckpointError
 from tests.meta_files import MetaLlama
 from tests.original_folders import make_original
@@ -17,21 +18,21 @@ from tests.tiny import VARIANTS, save_llava
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "_PIECE_BYTES", 1000)
 
 
 def same_in_pieces(folder: Path, sources: Sources, dtype: torch.dtype | None) -> set[bool]:
     """Compare all weights in both ways; returns whether some came in several pieces."""
-    several = set()
+    several, reader = set(), PieceReader()
     with open_checkpoint(folder, sources) as checkpoint:
         for weight in checkpoint.weights.values():
-            pieces = [*weight.pieces(dtype)]
-            assert torch.equal(torch.cat(pieces), weight.read(dtype).reshape(-1))
-            several.add(len(pieces) > 1)
+            parts = [piece.clone() for piece in reader.pieces(weight, weight.spec.dtype if dtype is None else dtype)]
+            assert torch.equal(torch.cat(parts), weight.read(dtype).reshape(-1))
+            several.add(len(parts) > 1)
     return several
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("pickled", [False, True])
 def test_pieces_make_the_whole(tmp_path: Path, pickled: bool, dtype: torch.dtype | None) -> None:
     made = make_original(tmp_path, "v1.5", pickled=pickled)
@@ -50,7 +51,7 @@ def test_a_piece_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     tensors[name][-1, -1] = torch.inf
     save_file(tensors, path, metadata={"format": "pt"})
     with open_checkpoint(folder) as checkpoint, pytest.raises(CheckpointError, match=r"up_proj.*NaN or infinite"):
-        list(checkpoint.weights[name].pieces())
+        list(PieceReader().pieces(checkpoint.weights[name], torch.float32))
 
 
 def test_a_shared_weight_has_both_names(tmp_path: Path) -> None:
