@@ -2,6 +2,7 @@
 
 Speed: a random LLaVA-1.5-7B (float16, 14.1 GB, original LLaVA's layout with the tower in it; safetensors, then pickles) becomes the
 llava-hf layout in bfloat16, against `cp -r && sync` of the same files, in turn and, where the system lets us, from an empty page cache.
+All wait some seconds after that: a virtual machine gives freed memory back meanwhile, and whoever starts first would have it cheaper.
 Memory: the kernel's high-water mark (VmHWM, mapped pages included) of each conversion; then of Meta's layout with 70B's 8 files and
 proportions at a fraction of its width, for two widths and two numbers of layers: it follows the largest tensor, not the model.
 Peer: transformers 4.37's convert_llama_weights_to_hf.py, the last that has it, in an environment of its own.
@@ -37,9 +38,12 @@ from llavakit.storage.tensors import write_tensors
 SHARD_BYTES = 5_000_000_000
 LIMIT_BYTES = 1_500_000_000
 WANTED_SHARE = 0.7
+WAIT_S = 5
 KINDS = ("safetensors", "pickle")
-FRACTIONS = ((16, 20), (16, 80), (8, 20), (8, 80))
+FRACTIONS = ((8, 20), (8, 80), (4, 20), (4, 80))
 """Of 70B's width, and the number of layers."""
+NUM_ROWS = 768
+"""Of the vocabulary: the miniature's tokenizer is put beside the files."""
 PEER_FRACTION = (8, 80)
 PEER_MODULE = "transformers.models.llama.convert_llama_weights_to_hf"
 PEER = """
@@ -160,13 +164,15 @@ def write_pickles(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
 
 
 def empty_page_cache() -> bool:
-    """Write out what is pending and forget what was read, where the system lets us."""
+    """Write out what is pending and forget what was read, where the system lets us, and wait."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
+        return True
     except OSError:
         return False
-    return True
+    finally:
+        time.sleep(WAIT_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +193,7 @@ class Proportions:
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
         """Whole shapes by Meta's names, and along which axis the files cut them."""
-        dim, ffn, kv, rows = 8192 // self.fraction, 28672 // self.fraction, 1024 // self.fraction, 32000
+        dim, ffn, kv, rows = 8192 // self.fraction, 28672 // self.fraction, 1024 // self.fraction, NUM_ROWS
         shapes: dict[str, tuple[tuple[int, ...], int | None]] = {"tok_embeddings.weight": ((rows, dim), 1)}
         for layer in range(self.num_layers):
             parts = {
