@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS, WHOLE, Adapter, Change
-from llavakit.checkpoint.card import copy_licences
+from llavakit.checkpoint.card import find_origins, write_adapter_terms
 from llavakit.checkpoint.layouts import LLAMA, LLAVA_HF, LLAVA_MODULES
 from llavakit.checkpoint.load import build_core, load_config
 from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_adapter
@@ -59,9 +59,10 @@ def export_adapter(source: Path, destination: Path, sources: Sources, *, is_dry:
         if not is_dry:
             specs = {name: (file.specs[stored].dtype, file.specs[stored].shape) for name, (file, stored) in tensors.items()}
             with new_folder(destination) as folder:
-                write_json(folder / ADAPTER_CONFIG, export.settings(sources.base))
+                settings = export.settings(sources.base)
+                write_json(folder / ADAPTER_CONFIG, settings)
                 write_file(folder / ADAPTER_WEIGHTS, specs, ((name, file.read(stored)) for name, (file, stored) in tensors.items()))
-                copy_licences(source, folder)
+                write_adapter_terms(folder, destination.name, settings["base_model_name_or_path"], find_origins([source]))
     return list(tensors)
 
 

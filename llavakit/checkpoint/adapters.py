@@ -24,7 +24,17 @@ from llavakit.storage.documents import read_json
 from llavakit.storage.pickle_tensors import PickleFile
 from llavakit.storage.tensors import FilePlace, OpenTensors, TensorFile, TensorSource, TensorSpec
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_PREFIX", "ADAPTER_WEIGHTS", "WHOLE", "Adapter", "Change", "Merged", "base_of_adapter"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_PREFIX",
+    "ADAPTER_WEIGHTS",
+    "WHOLE",
+    "Adapter",
+    "Change",
+    "Merged",
+    "base_of_adapter",
+    "open_adapter_file",
+]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -63,7 +73,7 @@ class Adapter:
         """Open it. Raises: CheckpointError for kinds of adapters other than LoRA, and tensors whose names are not understood."""
         self.config, self.layout = read_json(folder / ADAPTER_CONFIG), layout
         _check_config(self.config)
-        self.tensors: OpenTensors = _open(folder, allow_pickle=allow_pickle)
+        self.tensors: OpenTensors = open_adapter_file(folder, allow_pickle=allow_pickle)
         try:
             self.changes = _changes(self.tensors, layout)
         except CheckpointError:
@@ -177,7 +187,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{ADAPTER_CONFIG} has {name}={config[name]!r}; a number is needed")
 
 
-def _open(folder: Path, *, allow_pickle: bool) -> OpenTensors:
+def open_adapter_file(folder: Path, *, allow_pickle: bool) -> OpenTensors:
+    """Open an adapter's tensors. Raises: CheckpointError."""
     safe, pickled = (folder / name for name in _FILES)
     if safe.is_file():
         return TensorFile(safe)

@@ -1,17 +1,18 @@
 """What goes to the hub beside the weights: the model card and the licences.
 
-Owns: build_card (README.md with the front matter that the hub reads), Licence and its choice, copy_licences.
+Owns: build_card (README.md with the front matter that the hub reads), Licence and its choice, copy_licences, write_terms.
 Invariant: a card says only what config, processor, weights and the source's own files say; a licence that is unknown is said to be.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-import shutil
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.logs import logger
@@ -19,15 +20,33 @@ from llavakit.model.config import LlamaConfig
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.storage.documents import read_text
-from llavakit.storage.hub import check_inside
+from llavakit.storage.hub import check_inside, is_hub_id, name_of_folder
 from llavakit.types import Conversation
 
-__all__ = ["CardFacts", "Licence", "build_card", "choose_licence", "copy_licences", "find_licences"]
+__all__ = [
+    "CardFacts",
+    "Licence",
+    "Origin",
+    "build_card",
+    "choose_licence",
+    "copy_licences",
+    "find_licences",
+    "find_origins",
+    "write_adapter_terms",
+    "write_terms",
+]
 
+Layout = Literal["hf", "original", "gguf"]
 _LOG = logger("checkpoint")
 _LICENCE_FILE = re.compile(r"(licen[sc]e|notice|use[_-]policy|copying)\b.*", re.IGNORECASE)
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _KEY = re.compile(r"(license|license_name|license_link):\s*(\S.*?)\s*")
+_LAYOUTS: Mapping[Layout, str] = {
+    "hf": "in the Hugging Face layout",
+    "original": "in original LLaVA's layout",
+    "gguf": "as GGUF files for llama.cpp and Ollama",
+}
+_TAGS = ["llava", "llavakit"]
 _QUESTION = "What is in this picture?"
 
 
@@ -41,6 +60,16 @@ class Licence:
     """Name of an "other" licence."""
     license_link: str | None = None
     """File or address of an "other" licence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A model that another one was made of."""
+
+    name: str
+    """Its hub id, or the name of its folder."""
+    folder: Path
+    licence: Licence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +92,10 @@ class CardFacts:
     """Hub id of the model that this one was loaded from."""
     licence: Licence = Licence()
     """The terms."""
+    layout: Layout = "hf"
+    """Of the files."""
+    origins: tuple[Origin, ...] = ()
+    """What it was converted from; empty for a model that was loaded and saved."""
 
 
 def build_card(facts: CardFacts) -> str:
@@ -78,8 +111,49 @@ def build_card(facts: CardFacts) -> str:
             f"```text\n{_prompt(facts.processor)}\n```",
             f"## Preprocessing\n\n```json\n{json.dumps(facts.processor.image_processor.to_dict(), indent=2)}\n```",
         ]
+    if facts.origins:
+        sections.append(_made_of(facts.origins))
     sections += [f"## Run it\n\n```python\n{_code(facts)}\n```", f"## Licence\n\n{_terms(facts.licence)}"]
     return _front_matter(facts) + "\n\n".join(sections) + "\n"
+
+
+def find_origins(folders: Iterable[Path]) -> tuple[Origin, ...]:
+    """Describe what a model was made of, each folder once."""
+    return tuple(Origin(name_of_folder(folder), folder, choose_licence(None, folder)) for folder in dict.fromkeys(folders))
+
+
+def write_terms(folder: Path, facts: CardFacts) -> None:
+    """Write README.md with the terms of the first origin that states some, and the licence files of all origins."""
+    origins = _with_licences(folder, facts.origins)
+    (folder / "README.md").write_text(build_card(replace(facts, origins=origins, licence=_first_licence(origins))), encoding="utf-8")
+
+
+def write_adapter_terms(folder: Path, name: str, base: str | None, origins: Sequence[Origin]) -> None:
+    """Write README.md of a PEFT adapter, and the licence files of all origins."""
+    origins = _with_licences(folder, origins)
+    licence = _first_licence(origins)
+    values = {"license": licence.license, "base_model": base if is_hub_id(base or "") else None, "library_name": "peft", "tags": _TAGS}
+    sections = [
+        f"# {name}",
+        f"A LoRA adapter for {base or 'a model that its files do not name'}, as PEFT reads it over transformers' classes.",
+        _made_of(origins),
+        f"## Licence\n\n{_terms(licence)}",
+    ]
+    (folder / "README.md").write_text(_yaml(values) + "\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _first_licence(origins: Iterable[Origin]) -> Licence:
+    return next((origin.licence for origin in origins if origin.licence.license is not None), Licence())
+
+
+def _with_licences(folder: Path, origins: Iterable[Origin]) -> tuple[Origin, ...]:
+    """Copy the licence files of all origins, and return these with the names that the files have got."""
+    found = []
+    for origin in origins:
+        names = copy_licences(origin.folder, folder)
+        link = origin.licence.license_link
+        found.append(replace(origin, licence=replace(origin.licence, license_link=names.get(link, link) if link else link)))
+    return tuple(found)
 
 
 def choose_licence(stated: str | None, source: Path | None) -> Licence:
@@ -106,15 +180,30 @@ def find_licences(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and _LICENCE_FILE.fullmatch(path.name))
 
 
-def copy_licences(source: Path, folder: Path) -> None:
-    """Copy a folder's licence files into another folder; a link that leads elsewhere is left out, and that is logged."""
-    for path in find_licences(source):
+def copy_licences(source: Path, folder: Path) -> dict[str, str]:
+    """Copy a folder's licence files into another folder, and return their names there by their old ones.
+
+    Where another text has the name, a number is put to it. A link that leads elsewhere is left out, and that is logged.
+    """
+    names = {}
+    for path in find_licences(source) if source.is_dir() else ():
         try:
             check_inside(path, source)
         except CheckpointError as error:
             _LOG.warning("left out a licence file: %s", error)
             continue
-        shutil.copyfile(path, folder / path.name)
+        text = path.read_bytes()
+        taken = {other.read_bytes(): other.name for other in find_licences(folder)}
+        if text not in taken:
+            number = next(number for number in itertools.count(1) if not (folder / _numbered(path, number)).exists())
+            taken[text] = _numbered(path, number)
+            (folder / taken[text]).write_bytes(text)
+        names[path.name] = taken[text]
+    return names
+
+
+def _numbered(path: Path, number: int) -> str:
+    return path.name if number == 1 else f"{path.stem}-{number}{path.suffix}"
 
 
 def _read_front_matter(text: str) -> dict[str, str]:
@@ -128,24 +217,34 @@ def _read_front_matter(text: str) -> dict[str, str]:
 
 def _front_matter(facts: CardFacts) -> str:
     is_llava = isinstance(facts.config, LlavaConfig)
+    libraries = {"hf": "transformers", "gguf": "gguf"}  # the layout and the class names in config.json are their own
     values: dict[str, Any] = {
         "license": facts.licence.license,
         "license_name": facts.licence.license_name,
         "license_link": facts.licence.license_link,
         "base_model": facts.base_model,
-        "library_name": "transformers",  # the layout and the class names in config.json are its own
+        "library_name": libraries.get(facts.layout),
         "pipeline_tag": "image-text-to-text" if is_llava else "text-generation",
-        "tags": ["llava", "llavakit"] if is_llava else ["llavakit"],
+        "tags": _TAGS if is_llava else ["llavakit"],
     }
+    return _yaml(values)
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
     # A JSON value is a YAML value too, and quotes what needs quoting.
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None]
     return "---\n" + "\n".join(lines) + "\n---\n\n"
 
 
+def _made_of(origins: Iterable[Origin]) -> str:
+    lines = [f"- {origin.name}: {_terms(origin.licence)}" for origin in origins]
+    return "## Made of\n\nConverted by llavakit from these, each with its terms:\n\n" + "\n".join(lines)
+
+
 def _introduction(facts: CardFacts) -> str:
     kind = "LLaVA, a model that sees pictures and answers in text," if isinstance(facts.config, LlavaConfig) else "Llama language model"
     origin = "" if facts.base_model is None else f" It was loaded from [{facts.base_model}](https://huggingface.co/{facts.base_model})."
-    return f"A {kind} of {facts.num_parameters:,} parameters in {facts.dtype}, in the Hugging Face layout.{origin}"
+    return f"A {kind} of {facts.num_parameters:,} parameters in {facts.dtype}, {_LAYOUTS[facts.layout]}.{origin}"
 
 
 def _parts(config: LlamaConfig | LlavaConfig) -> list[str]:
@@ -166,7 +265,8 @@ def _parts(config: LlamaConfig | LlavaConfig) -> list[str]:
 
 def _prompt(processor: LlavaProcessor) -> str:
     end = processor.tokenizer.eos_token_id
-    marks = {"image": "<image>", "eos": "" if end is None else processor.tokenizer.convert_ids_to_tokens(end)}
+    image = "<image>" if processor.image_marks is None else "<image>".join(processor.image_marks)
+    marks = {"image": image, "eos": "" if end is None else processor.tokenizer.convert_ids_to_tokens(end)}
     segments = processor.template.segments(Conversation.ask(_QUESTION, b""), add_generation_prompt=True)
     return "".join(marks.get(segment.kind, segment.text) for segment in segments)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llavakit.checkpoint.adapter_export import export_adapter
+from llavakit.checkpoint.card import CardFacts, find_origins, write_terms
 from llavakit.checkpoint.fresh import Fresh, fresh_config, fresh_processor, fresh_projector
 from llavakit.checkpoint.gguf_write import GgufType, gguf_kinds, write_gguf
 from llavakit.checkpoint.hf import MAX_SHARD_BYTES, write_checkpoint
@@ -27,7 +28,8 @@ from llavakit.checkpoint.opening import Checkpoint, Need, Weight, open_checkpoin
 from llavakit.checkpoint.original import write_original
 from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_tower
 from llavakit.checkpoint.pieces import PieceReader
-from llavakit.errors import ConfigError
+from llavakit.checkpoint.placement import common_dtype_name
+from llavakit.errors import CheckpointError, ConfigError
 from llavakit.logs import logger
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlamaCore, LlavaCore
@@ -113,7 +115,11 @@ def convert(
         if how.is_dry:
             return list(plan.sources)
         with new_folder(destination, hashes=how.hashes) as folder:
-            _write(opened, plan, folder, read_ahead(_read(plan, progress)), how, source)
+            try:
+                _write(opened, plan, folder, read_ahead(_read(plan, progress)), how, source)
+                write_terms(folder, _card(opened, plan, how, source, destination.name))
+            except OSError as error:
+                raise CheckpointError(f"writing {destination} failed: {error}; nothing of it was left") from error
     return list(plan.sources)
 
 
@@ -131,10 +137,25 @@ def _write(opened: Checkpoint, plan: _Plan, folder: Path, tensors: Iterator[tupl
     origin = how.sources.base_folder(source) if is_adapter(source) else source
     if how.to == "gguf":
         write_gguf(plan.core, folder, plan.kinds, tensors, processor=opened.processor, source=origin, type=how.gguf_type or _GGUF_TYPE)
-        return
-    assert not isinstance(opened.processor, TextProcessor), "the other outputs take tokenizers"
-    write = write_original if how.to == "original" else write_checkpoint
-    write(plan.core, folder, plan.dtypes, tensors, processor=opened.processor, source=origin, max_shard_bytes=how.max_shard_bytes)
+    else:
+        assert not isinstance(opened.processor, TextProcessor), "the other outputs take tokenizers"
+        write = write_original if how.to == "original" else write_checkpoint
+        write(plan.core, folder, plan.dtypes, tensors, processor=opened.processor, source=origin, max_shard_bytes=how.max_shard_bytes)
+
+
+def _card(opened: Checkpoint, plan: _Plan, how: Conversion, source: Path, name: str) -> CardFacts:
+    """Say what the new folder holds, and what it was made of."""
+    is_llava = isinstance(plan.core, LlavaCore)
+    return CardFacts(
+        name=name,
+        config=plan.core.config,
+        class_name="LlavaLlamaForCausalLM" if is_llava else "LlamaForCausalLM",
+        num_parameters=sum(weight.numel() for weight in plan.core.parameters()),
+        dtype=(how.gguf_type or _GGUF_TYPE) if how.to == "gguf" else common_dtype_name(plan.dtypes.values()),
+        processor=opened.processor if is_llava and isinstance(opened.processor, LlavaProcessor) else None,
+        layout=how.to if how.to in ("original", "gguf") else "hf",
+        origins=find_origins([source, *(part.folder for part in opened.parts if part.folder is not None)]),
+    )
 
 
 @contextlib.contextmanager
@@ -158,7 +179,7 @@ def _built(language_model: Checkpoint, tower: Path, seen: Part, fresh: Fresh) ->
     assert isinstance(text, LlamaConfig)
     config = fresh_config(text, tower, fresh)
     processor = fresh_processor(words, config, tower, fresh.template)
-    read = [Part(part.tensors, LANGUAGE_MODEL) for part in language_model.parts]
+    read = [replace(part, layout=LANGUAGE_MODEL) for part in language_model.parts]
     dtype = read[0].tensors.specs["model.embed_tokens.weight"].dtype
     return Checkpoint(config, (*read, seen, fresh_projector(config, dtype, fresh.seed)), processor)
 
@@ -185,18 +206,17 @@ def _new_config(opened: Checkpoint, to: Output) -> LlamaConfig | LlavaConfig:
         return config
     if to == "text":
         return type(config.text_config).from_dict(config.text_config.to_dict())
-    values = config.to_dict()
-    rows = values.pop(_OLD_ROWS, config.text_config.vocab_size)
-    if to == "hf":
-        if config.mm_projector_type != "mlp2x_gelu":
-            _LOG.warning("transformers knows only projectors of two layers, not %s; llavakit reads this folder", config.mm_projector_type)
-        assert isinstance(opened.processor, LlavaProcessor)
-        rows = config.text_config.vocab_size
-        if config.pad_token_id is None:
-            values["pad_token_id"] = opened.processor.tokenizer.pad_token_id
-        if (needed := len(opened.processor.tokenizer)) > rows:
-            values[_OLD_ROWS] = rows
-            rows = needed + -needed % _MULTIPLE
+    values, rows = config.to_dict(), config.text_config.vocab_size
+    if to == "original":
+        return _with_rows(type(config), values, values.pop(_OLD_ROWS, rows))
+    if config.mm_projector_type != "mlp2x_gelu":
+        _LOG.warning("transformers knows only projectors of two layers, not %s; llavakit reads this folder", config.mm_projector_type)
+    assert isinstance(opened.processor, LlavaProcessor)
+    if config.pad_token_id is None:
+        values["pad_token_id"] = opened.processor.tokenizer.pad_token_id
+    if (needed := len(opened.processor.tokenizer)) > rows:
+        values[_OLD_ROWS] = rows
+        rows = needed + -needed % _MULTIPLE
     return _with_rows(type(config), values, rows)
 
 

@@ -51,8 +51,6 @@ def kind_of_config(values: Mapping[str, Any]) -> Kind:
 
 def foreign_kind(files: Collection[str]) -> str | None:
     """Name what a folder without config.json holds, by its file names; None where nothing is known."""
-    if "params.json" in files and any(name.startswith("consolidated.") for name in files):
-        return "Meta's own layout; llava convert-llama-weights makes a folder of the Hugging Face layout from it"
     if "mm_projector.bin" in files:
         return "the projector of a LLaVA pre-training without its config.json"
     return None

@@ -86,9 +86,8 @@ def fresh_projector(config: LlavaConfig, dtype: torch.dtype, seed: int) -> Part:
     """Draw the projector's weights in float32, the same for the same seed, and cast them."""
     projector = MultiModalProjector(config)
     init_projector(projector, torch.Generator().manual_seed(seed))
-    return Part(
-        _Drawn({f"multi_modal_projector.{name}": weight.detach().to(dtype) for name, weight in projector.named_parameters()}), LLAVA_HF
-    )
+    drawn = {f"multi_modal_projector.{name}": weight.detach().to(dtype) for name, weight in projector.named_parameters()}
+    return Part(_Drawn(drawn), LLAVA_HF, None)
 
 
 class _Drawn:

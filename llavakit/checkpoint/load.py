@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from llavakit.checkpoint.detect import Kind, detect_kind, foreign_kind
 from llavakit.checkpoint.gguf_read import is_gguf
 from llavakit.checkpoint.gguf_settings import gguf_processor, gguf_tokenizer, read_gguf_config
+from llavakit.checkpoint.meta import is_meta_folder
 from llavakit.checkpoint.original import original_processor, read_original_config
 from llavakit.checkpoint.packed import packing_of_config
-from llavakit.checkpoint.parts import Part, Sources, is_adapter, kind_of_folder, open_parts
+from llavakit.checkpoint.parts import Part, Sources, is_adapter, kind_of_folder, open_meta, open_parts
 from llavakit.checkpoint.rules import plan_load
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.geometry import num_image_tokens
@@ -53,12 +54,14 @@ _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def load_config(folder: Path, sources: Sources = Sources()) -> LlamaConfig | LlavaConfig:
-    """Read config.json, or GGUF metadata, and decide by its content which model it is; an adapter without one has its base's.
+    """Read config.json, GGUF metadata or Meta's params.json: the content decides which model it is; an adapter may have its base's.
 
     Raises: CheckpointError.
     """
     if is_gguf(folder):
         return read_gguf_config(folder, sources.gguf_tower())
+    if is_meta_folder(folder):
+        return _read_meta_config(folder, sources)
     path = folder / "config.json"
     if not path.is_file() and is_adapter(folder):
         return load_config(sources.base_folder(folder), replace(sources, base=None))
@@ -77,6 +80,15 @@ def load_config(folder: Path, sources: Sources = Sources()) -> LlamaConfig | Lla
         return DECODERS[values["model_type"]].from_dict(values)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_meta_config(folder: Path, sources: Sources) -> LlamaConfig:
+    with open_meta(folder, sources) as files:
+        config = files.config
+    if has_tokenizer(folder):
+        words = load_tokenizer(folder)
+        config.bos_token_id, config.eos_token_id = words.bos_token_id, words.eos_token_id
+    return config
 
 
 def load_core(

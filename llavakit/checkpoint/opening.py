@@ -15,9 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llavakit.checkpoint.layouts import LLAMA
 from llavakit.checkpoint.load import build_core, load_config, load_processor, load_words, plan_parts, read_weight, tied_names
-from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
 from llavakit.checkpoint.parts import Part, Sources, open_parts
 from llavakit.errors import CheckpointError
 from llavakit.model.config import LlamaConfig
@@ -91,17 +89,13 @@ def open_checkpoint(
 
     tokenizer is the folder of the tokenizer, where it is not the model's own. Raises: CheckpointError, ConfigError.
     """
-    if is_meta_folder(folder):
-        if not sources.allow_pickle:
-            raise CheckpointError(f"{folder} holds pickle files; where you trust their origin, allow_pickle reads their tensors")
-        words = load_tokenizer(folder if tokenizer is None else tokenizer)
-        with MetaFolder(folder) as files:
-            files.config.bos_token_id, files.config.eos_token_id = words.bos_token_id, words.eos_token_id
-            _check_rows(words, files.config)
-            yield Checkpoint(files.config, (Part(files, LLAMA),), words)
-        return
     config = load_config(folder, sources)
-    processor = _processor(folder, config, sources, needs)
+    if tokenizer is None:
+        processor = _processor(folder, config, sources, needs)
+    else:
+        processor = words = load_tokenizer(tokenizer)
+        config.bos_token_id, config.eos_token_id = words.bos_token_id, words.eos_token_id
+    _check_rows(processor, config.get_text_config().vocab_size)
     with open_parts(folder, build_core(config), sources) as parts:
         yield Checkpoint(config, parts, processor)
 
@@ -109,11 +103,12 @@ def open_checkpoint(
 def _processor(folder: Path, config: LlamaConfig | LlavaConfig, sources: Sources, needs: Need) -> Processor:
     if needs == "chat" or (needs == "files" and isinstance(config, LlavaConfig)):
         return load_processor(folder, config, sources=sources)
-    words = load_words(folder, sources)
-    _check_rows(words, config.get_text_config())
-    return words
+    return load_words(folder, sources)
 
 
-def _check_rows(words: Tokenizer, config: LlamaConfig) -> None:
-    if len(words) > config.vocab_size:
-        raise CheckpointError(f"the tokenizer has {len(words)} tokens, the model has {config.vocab_size} rows; they do not belong together")
+def _check_rows(processor: Processor, rows: int) -> None:
+    """Check that each token has a row, but for those that are added where there is none. Raises: CheckpointError."""
+    words = processor.tokenizer if isinstance(processor, LlavaProcessor | TextProcessor) else processor
+    added = {processor.image_token_id, words.pad_token_id} if isinstance(processor, LlavaProcessor) else set()
+    if any(index not in added for index in range(rows, len(words))):
+        raise CheckpointError(f"the tokenizer has {len(words)} tokens, the model has {rows} rows; they do not belong together")

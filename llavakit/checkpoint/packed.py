@@ -41,6 +41,8 @@ class Packing:
     layout: PackedLayout
     group_size: int
     """Inputs that share a scale; -1 means all."""
+    name: str
+    """As people call it."""
 
 
 def packing_of_config(values: Mapping[str, Any]) -> Packing | None:
@@ -91,6 +93,12 @@ class Unpacked:
             raise CheckpointError(f"{folder}: the packed tensors are not whole: {'; '.join(problems[:_MAX_LISTED])}{more}")
         dense = {module + _WEIGHT: self._spec(module) for module in self._modules}
         self.specs: Mapping[str, TensorSpec] = {**{name: spec for name, spec in stored.items() if name not in owned}, **dense}
+
+    @property
+    def description(self) -> str:
+        """The packing as people call it, and how much has it."""
+        is_shuffled = any(module + _INDEX in self._stored for module in self._modules)
+        return f"{self._packing.name}, {len(self._modules)} modules{', with g_idx' if is_shuffled else ''}"
 
     @property
     def biases(self) -> Sequence[str]:
@@ -189,7 +197,8 @@ def _read_packing(settings: Any, source: str, method: str) -> Packing:
         raise CheckpointError(
             f"{source} states group_size={group_size!r:.40} of quantised weights; a number of inputs, or -1, was expected"
         )
-    return Packing(layout, group_size)
+    groups = "one group" if group_size == -1 else f"groups of {group_size}"
+    return Packing(layout, group_size, f"{method.upper()} ({version}) of {bits} bits, {groups}")
 
 
 def _version(method: str, settings: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from llavakit.checkpoint.deltas import Summed
 from llavakit.checkpoint.detect import Kind, kind_of_config
 from llavakit.checkpoint.gguf_read import is_gguf, open_gguf
 from llavakit.checkpoint.layouts import LANGUAGE_MODEL, LLAMA, LLAMA_DECODER, LLAVA_HF, TOWER, original_layout
+from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
 from llavakit.checkpoint.packed import Unpacked, dense_tensors, weight_format
 from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError
@@ -29,7 +30,18 @@ from llavakit.storage.hub import resolve_model
 from llavakit.storage.pickle_tensors import PICKLE, PickleFile
 from llavakit.storage.tensors import FilePlace, TensorFolder, TensorSource, TensorSpec
 
-__all__ = ["Part", "Sources", "is_adapter", "kind_of_folder", "open_adapter", "open_parts", "open_tower", "tower_folder"]
+__all__ = [
+    "Part",
+    "Sources",
+    "is_adapter",
+    "kind_of_folder",
+    "open_adapter",
+    "open_meta",
+    "open_parts",
+    "open_tower",
+    "open_weights",
+    "tower_folder",
+]
 
 _PROJECTOR_FILE, _BESIDE_LORA = "mm_projector.bin", "non_lora_trainables.bin"
 
@@ -40,6 +52,8 @@ class Part:
 
     tensors: TensorSource
     layout: Layout
+    folder: Path | None
+    """Where the files lie; None for tensors that lie in none."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -92,10 +106,22 @@ def open_parts(folder: Path, model: nn.Module, sources: Sources = Sources()) -> 
 
 
 @contextlib.contextmanager
+def open_meta(folder: Path, sources: Sources) -> Iterator[MetaFolder]:
+    """Open Meta's own files. Raises: CheckpointError, also where pickle files may not be read."""
+    if not sources.allow_pickle:
+        raise CheckpointError(
+            f"{folder} holds Meta's own files, which are pickles; where you trust their origin, allow_pickle reads their tensors "
+            "(llava convert-llama-weights makes a folder of the Hugging Face layout of them)"
+        )
+    with MetaFolder(folder) as files:
+        yield files
+
+
+@contextlib.contextmanager
 def open_tower(folder: Path, *, allow_pickle: bool) -> Iterator[Part]:
     """Open the files of a tower, or of a whole CLIP or SigLIP. Raises: CheckpointError."""
-    with _weights(folder, allow_pickle=allow_pickle) as files:
-        yield Part(files, TOWER)
+    with open_weights(folder, allow_pickle=allow_pickle) as files:
+        yield Part(files, TOWER, folder)
 
 
 @contextlib.contextmanager
@@ -119,30 +145,32 @@ class _Opening:
         """Open the parts of a folder."""
         if is_gguf(folder):
             model = self.files.enter_context(open_gguf(folder, self.sources.gguf_tower()))
-            return [Part(tensors, layout) for tensors, layout in model.parts(self.model)]
+            return [Part(tensors, layout, folder) for tensors, layout in model.parts(self.model)]
         if kind_of_folder(folder) is Kind.ORIGINAL and isinstance(self.model, LlavaCore):
             return self._original(folder, original_layout(self.model.config.projector_depth))
+        if is_meta_folder(folder):
+            return [Part(self.files.enter_context(open_meta(folder, self.sources)), _layout(self.model), folder)]
         if is_adapter(folder):
             below = self.sources.base_folder(folder)
             base = _Opening(self.files, self.model, replace(self.sources, base=None)).parts(below)
             return self._merged(base, folder, _layout(self.model) if is_gguf(below) else base[0].layout)
         layout = _layout(self.model)
-        return [Part(self._summed(folder, layout), layout)]
+        return [Part(self._summed(folder, layout), layout, folder)]
 
     def _original(self, folder: Path, layout: Layout) -> list[Part]:
         """Open original LLaVA's files: whole, a delta, a projector alone, or LoRA with what was trained beside it."""
         if is_adapter(folder) or not _has_weights(folder):
             base = self.sources.base_folder(folder)
             base_layout = layout if kind_of_folder(base) is Kind.ORIGINAL else LANGUAGE_MODEL
-            parts = [Part(self._open(base, base_layout), base_layout), *self.trained(folder, layout)]
+            parts = [Part(self._open(base, base_layout), base_layout, base), *self.trained(folder, layout)]
             parts = _without_doubles(parts)
             parts = self._merged(parts, folder, layout) if is_adapter(folder) else parts
         else:
-            parts = [Part(self._summed(folder, layout), layout)]
+            parts = [Part(self._summed(folder, layout), layout, folder)]
         if not any(target.startswith("vision_tower.") for target in _shapes_by_target(parts)):
             values = read_optional_json(folder / "config.json")
             tower = tower_folder(values, self.sources.vision_tower, allow_pickle=self.sources.allow_pickle)
-            parts.append(Part(self._open(tower, TOWER), TOWER))
+            parts.append(Part(self._open(tower, TOWER), TOWER, tower))
         return parts
 
     def trained(self, folder: Path, layout: Layout) -> list[Part]:
@@ -156,7 +184,7 @@ class _Opening:
         for path in found:
             file = PickleFile(path)
             self.files.callback(file.close)
-            parts.append(Part(_View(file, _plain_names(file.specs)), layout))
+            parts.append(Part(_View(file, _plain_names(file.specs)), layout, folder))
         return parts
 
     def adapter(self, folder: Path, layout: Layout) -> Adapter:
@@ -179,7 +207,7 @@ class _Opening:
         adapter = self.adapter(folder, layout)
         if problems := adapter.problems(_shapes_by_target(parts)):
             raise CheckpointError(f"the adapter {folder} does not fit its base: {'; '.join(problems[:10])}")
-        return [Part(Merged(part.tensors, part.layout, adapter), part.layout) for part in parts]
+        return [replace(part, tensors=Merged(part.tensors, part.layout, adapter)) for part in parts]
 
     def _summed(self, folder: Path, layout: Layout) -> TensorSource:
         """Open a folder's weights; with a base they are its delta."""
@@ -188,7 +216,7 @@ class _Opening:
 
     def _open(self, folder: Path, layout: Layout) -> TensorSource:
         """Open a folder's files, quantised ones as dense tensors."""
-        tensors = dense_tensors(self.files.enter_context(_weights(folder, allow_pickle=self.sources.allow_pickle)), folder)
+        tensors = dense_tensors(self.files.enter_context(open_weights(folder, allow_pickle=self.sources.allow_pickle)), folder)
         if not isinstance(tensors, Unpacked):
             return tensors
         # AutoGPTQ gave each module a bias, of zeros where the model has none.
@@ -230,7 +258,7 @@ def _without_doubles(parts: list[Part]) -> list[Part]:
     base, *others = parts
     trained = _shapes_by_target(others)
     kept = {name: name for name in base.tensors.specs if base.layout.target(name) not in trained}
-    return [Part(_View(base.tensors, kept), base.layout), *others]
+    return [replace(base, tensors=_View(base.tensors, kept)), *others]
 
 
 def _plain_names(names: Collection[str]) -> dict[str, str]:
@@ -240,7 +268,8 @@ def _plain_names(names: Collection[str]) -> dict[str, str]:
     return {name.removeprefix("model.") if is_nested else name: stored for name, stored in shown.items()}
 
 
-def _weights(folder: Path, *, allow_pickle: bool) -> TensorFolder:
+def open_weights(folder: Path, *, allow_pickle: bool) -> TensorFolder:
+    """Open a folder's safetensors, or its pickle files where they are wanted and there are none. Raises: CheckpointError."""
     safe = weight_format(folder)
     is_pickle = allow_pickle and not safe.is_in(folder) and PICKLE.is_in(folder)
     return TensorFolder(folder, PICKLE if is_pickle else safe)

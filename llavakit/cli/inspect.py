@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json as json_format
-import math
 import sys
-from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llavakit.checkpoint.detect import Kind, kind_of_config
-from llavakit.checkpoint.gguf_read import is_gguf, open_gguf
-from llavakit.checkpoint.load import load_config, load_processor
-from llavakit.checkpoint.packed import dense_tensors, weight_format
 from llavakit.geometry import num_image_tokens
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
-from llavakit.processing.tokenizer.load import has_tokenizer
-from llavakit.storage.documents import read_json
 from llavakit.storage.folder import read_manifest
 from llavakit.storage.hub import resolve_model
-from llavakit.storage.tensors import TensorFolder, TensorSpec
+
+if TYPE_CHECKING:
+    from llavakit.checkpoint.survey import Survey
 
 __all__ = ["inspect"]
 
 
-def inspect(path: str, *, revision: str | None = None, json: bool = False) -> None:
-    """Show a checkpoint's kind, size, dtypes, template and preprocessing without loading its weights.
+def inspect(
+    path: str,
+    *,
+    revision: str | None = None,
+    base: str | None = None,
+    vision_tower: str | None = None,
+    allow_pickle: bool = False,
+    json: bool = False,
+) -> None:
+    """Show a checkpoint's layout, parts, sizes, dtypes, quantisation, template and preprocessing, and what is odd about it.
+
+    Headers alone are read, no weights.
 
     Parameters
     ----------
@@ -35,54 +37,53 @@ def inspect(path: str, *, revision: str | None = None, json: bool = False) -> No
         Folder, GGUF file or hub id.
     revision
         Branch, tag or commit of a hub id.
+    base
+        Folder or hub id of the model that an adapter belongs to, for what only that can tell.
+    vision_tower
+        Folder or hub id of an original LLaVA's tower, in place of the one that its config names, or the file of a GGUF file's.
+    allow_pickle
+        Read the headers of pickle files (.bin, .pth) too.
     json
         Print one JSON object instead of lines.
     """
-    folder = resolve_model(path, revision=revision)
-    config = load_config(folder)
-    specs, dtypes, dense = _gguf_tensors(folder) if is_gguf(folder) else _tensors(folder)
-    parts: Counter[str] = Counter()
-    for name, spec in dense.items():
-        parts[_part(name)] += math.prod(spec.shape)
-    facts: dict[str, Any] = {
-        "folder": str(folder),
-        "kind": f"{config.model_type} ({'GGUF' if is_gguf(folder) else _LAYOUTS[kind_of_config(read_json(folder / 'config.json'))]})",
-        "tensors": len(specs),
-        "parameters": sum(parts.values()),
-        "parts": dict(parts),
-        "bytes": sum(spec.num_bytes for spec in specs.values()),
-        "dtypes": dict(Counter(dtypes)),
-        "manifest": "present" if read_manifest(folder) is not None else "absent",
-    }
-    text = config.text_config if isinstance(config, LlavaConfig) else config
-    facts["decoder"] = (
-        f"{text.num_hidden_layers} layers, width {text.hidden_size}, {text.num_attention_heads} heads over {text.num_kv_heads}, "
-        f"vocabulary {text.vocab_size}, context {text.max_position_embeddings}"
-    )
-    if isinstance(config, LlavaConfig) or is_gguf(folder) or has_tokenizer(folder):
-        processor = load_processor(folder, config)
-        if isinstance(config, LlavaConfig) and isinstance(processor, LlavaProcessor):
-            facts |= _vision_facts(config, processor)
-        else:
-            facts["template"] = processor.template.name
+    from llavakit.checkpoint.parts import Sources
+    from llavakit.checkpoint.survey import survey
+
+    folder = resolve_model(path, revision=revision, allow_pickle=allow_pickle)
+    found = survey(folder, Sources(base=base, vision_tower=vision_tower, allow_pickle=allow_pickle))
+    facts = {"folder": str(folder), **_facts(found), "manifest": "present" if read_manifest(folder) is not None else "absent"}
     if json:
         sys.stdout.write(json_format.dumps(facts, indent=2) + "\n")
     else:
-        sys.stdout.write("".join(f"{name:14} {_shown(value)}\n" for name, value in facts.items()))
+        sys.stdout.write("".join(f"{name:14} {_shown(value)}\n" for name, value in facts.items() if value not in (None, [], {})))
 
 
-def _tensors(folder: Path) -> tuple[Mapping[str, TensorSpec], list[str], Mapping[str, TensorSpec]]:
-    with TensorFolder(folder, weight_format(folder)) as tensors:
-        dtypes = [str(spec.dtype).removeprefix("torch.") for spec in tensors.specs.values()]
-        return tensors.specs, dtypes, dense_tensors(tensors, folder).specs
-
-
-def _gguf_tensors(path: Path) -> tuple[Mapping[str, TensorSpec], list[str], Mapping[str, TensorSpec]]:
-    with open_gguf(path) as model:
-        files = [*model.texts, *(() if model.tower is None else (model.tower,))]
-        kinds = [kind.name for file in files for kind in file.kinds.values()]
-        specs = {name: spec for file in files for name, spec in file.specs.items()}
-        return specs, kinds, specs
+def _facts(found: Survey) -> dict[str, Any]:
+    config, processor = found.config, found.processor
+    facts: dict[str, Any] = {
+        "kind": found.layout if config is None else f"{config.model_type} ({found.layout})",
+        "version": found.version,
+        "adapter": found.adapter,
+        "files": list(found.files),
+        "tensors": sum(found.dtypes.values()),
+        "parameters": sum(part.num_parameters for part in found.parts),
+        "parts": {part.name: part.num_parameters for part in found.parts},
+        "bytes": sum(part.num_bytes for part in found.parts),
+        "dtypes": dict(found.dtypes),
+        "quantisation": found.quantisation,
+        "builds on": list(found.builds_on),
+    }
+    if config is not None:
+        text = config.get_text_config()
+        facts["decoder"] = (
+            f"{text.num_hidden_layers} layers, width {text.hidden_size}, {text.num_attention_heads} heads over {text.num_kv_heads}, "
+            f"vocabulary {text.vocab_size}, context {text.max_position_embeddings}"
+        )
+    if isinstance(config, LlavaConfig) and isinstance(processor, LlavaProcessor):
+        facts |= _vision_facts(config, processor)
+    elif processor is not None:
+        facts["template"] = processor.template.name
+    return {**facts, "oddities": list(found.oddities)}
 
 
 def _vision_facts(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, Any]:
@@ -100,7 +101,6 @@ def _vision_facts(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, A
     }
 
 
-_LAYOUTS = {Kind.LLAVA_HF: "llava-hf layout", Kind.ORIGINAL: "original LLaVA's layout", Kind.DECODER: "Llama"}
 _ASPECTS = {
     "pad": "pads to a square first",
     "crop": "crops the middle square",
@@ -109,14 +109,9 @@ _ASPECTS = {
 }
 
 
-def _part(name: str) -> str:
-    for part, begins in (("vision_tower", "v."), ("multi_modal_projector", "mm.")):
-        if part in name or name.startswith(begins):
-            return part
-    return "language_model"
-
-
 def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)

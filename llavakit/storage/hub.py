@@ -19,10 +19,11 @@ from typing import Literal, TypedDict
 from llavakit.errors import CheckpointError
 from llavakit.storage.folder import MANIFEST_NAME
 
-__all__ = ["HubArguments", "check_inside", "is_hub_id", "resolve_model", "upload_folder"]
+__all__ = ["HubArguments", "check_inside", "is_hub_id", "name_of_folder", "resolve_model", "upload_folder"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[^\s/.][^\s]*")
+_CACHED = re.compile(r"models--(.+?)--(.+)")
 _SETTINGS = ["*.json", "*.model", "*.jinja"]
 _WEIGHTS = ["*.safetensors"]
 _PICKLES = ["*.bin"]
@@ -95,6 +96,12 @@ def resolve_model(
 def is_hub_id(model: str | Path) -> bool:
     """Whether a name has the form owner/name; a Path is always a path."""
     return isinstance(model, str) and _HUB_ID.fullmatch(model) is not None
+
+
+def name_of_folder(folder: Path) -> str:
+    """Return what people call a model: its hub id where the folder is one of the hub's cache, else the folder's name."""
+    match = _CACHED.fullmatch(folder.parent.parent.name) if folder.parent.name == "snapshots" else None
+    return folder.name if match is None else f"{match[1]}/{match[2]}"
 
 
 def upload_folder(

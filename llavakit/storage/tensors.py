@@ -160,7 +160,10 @@ class WeightFormat:
 
     def is_in(self, folder: Path) -> bool:
         """Whether a folder has the one file, or an index, of this format."""
-        return (folder / self.single_name).is_file() or (folder / self.index_name).is_file()
+        return self._has(folder, self.single_name) or self._has(folder, self.index_name)
+
+    def _has(self, folder: Path, name: str) -> bool:
+        return os.path.lexists(folder / name)  # what is no file, or leads nowhere, is told of when it is opened
 
 
 SAFETENSORS = WeightFormat(_SINGLE_NAME, INDEX_NAME, ".safetensors", TensorFile)
@@ -177,7 +180,7 @@ class TensorFolder:
         self._owner: dict[str, OpenTensors] = {}
         self._format = format
         try:
-            if (folder / format.single_name).is_file():
+            if os.path.lexists(folder / format.single_name):
                 self._open(folder, format.single_name)
             elif (folder / format.index_name).is_file():
                 self._open_shards(folder, _read_index(folder / format.index_name))

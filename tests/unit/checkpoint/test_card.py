@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
-from llavakit.checkpoint.card import CardFacts, Licence, build_card, choose_licence, copy_licences, find_licences
+from llavakit.checkpoint.card import (
+    CardFacts,
+    Licence,
+    build_card,
+    choose_licence,
+    copy_licences,
+    find_licences,
+    find_origins,
+    write_terms,
+)
 from llavakit.errors import ConfigError
 from tests.tiny import llama_config, llava_config, tiny_processor
 
@@ -120,3 +130,26 @@ def test_links_that_lead_elsewhere_are_not_copied(tmp_path: Path, caplog: pytest
     copy_licences(source, out)
     assert [path.name for path in out.iterdir()] == ["LICENSE"]
     assert "left out a licence file: NOTICE leads outside" in caplog.text
+
+
+def test_what_a_model_was_made_of_is_told_and_its_terms_come_along(tmp_path: Path) -> None:
+    hub = tmp_path / "models--some--tower" / "snapshots" / "0123abc"
+    for folder, licence in ((tmp_path / "words", "terms of words"), (hub, "terms of the tower"), (tmp_path / "same", "terms of words")):
+        folder.mkdir(parents=True)
+        (folder / "LICENSE.txt").write_text(licence)
+    (hub / "README.md").write_text("---\nlicense: mit\n---\n")
+    origins = find_origins([tmp_path / "words", hub, tmp_path / "words", tmp_path / "same"])
+    assert [origin.name for origin in origins] == ["words", "some/tower", "same"]
+    out = tmp_path / "out"
+    out.mkdir()
+    write_terms(out, replace(llava_facts(), layout="gguf", origins=origins))
+    text = (out / "README.md").read_text()
+    assert "as GGUF files for llama.cpp and Ollama" in text
+    assert "- words: [LICENSE.txt](LICENSE.txt)\n- some/tower: mit\n- same:" in text.replace(
+        "[license](LICENSE.txt)", "[LICENSE.txt](LICENSE.txt)"
+    )
+    assert front_matter(text)["library_name"] == "gguf"
+    assert {path.name: path.read_text() for path in out.glob("LICENSE*")} == {
+        "LICENSE.txt": "terms of words",
+        "LICENSE-2.txt": "terms of the tower",
+    }

@@ -256,3 +256,18 @@ def test_a_language_model_stays_one(tmp_path: Path) -> None:
     assert_same(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "text"))
     with pytest.raises(ConfigError, match="--to hf and gguf can hold it"):
         convert(tmp_path / "text", tmp_path / "no", Conversion(to="original"))
+
+
+def test_what_is_converted_says_what_it_was_made_of(tmp_path: Path) -> None:
+    made = make_original(tmp_path, "v1.5")
+    assert made.tower is not None
+    (made.path / "LICENSE").write_text("the model's terms")
+    (made.tower / "LICENSE").write_text("the tower's terms")
+    convert(made.path, tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "- original: [license](LICENSE)\n- tower: [license](LICENSE-2)\n" in card
+    assert {path.read_text() for path in (tmp_path / "hf").glob("LICENSE*")} == {"the model's terms", "the tower's terms"}
+    assert '"do_pad": true' in card  # how the weights were trained
+    convert(tmp_path / "hf", tmp_path / "back", Conversion(to="original"))
+    assert "in original LLaVA's layout" in (tmp_path / "back" / "README.md").read_text()
+    assert len(list((tmp_path / "back").glob("LICENSE*"))) == 2

@@ -40,7 +40,6 @@ def test_code_in_the_checkpoint_is_ignored_and_said(caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize(
     ("files", "named"),
     [
-        (["params.json", "consolidated.00.pth"], "Meta's own layout"),
         (["mm_projector.bin"], "projector"),
         (["params.json"], None),
         ([], None),

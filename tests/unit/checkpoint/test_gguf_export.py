@@ -122,7 +122,7 @@ def test_a_language_model_goes_there_and_back(tmp_path: Path) -> None:
     model = llama()
     save_folder(model, tmp_path / "hf", processor=tiny_tokenizer())
     convert(tmp_path / "hf", tmp_path / "gguf", Conversion(to="gguf", gguf_type="f32"))
-    assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["Modelfile", "manifest.json", "model-f32.gguf"]
+    assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["Modelfile", "README.md", "manifest.json", "model-f32.gguf"]
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "gguf")
     assert all(torch.equal(weight, loaded.get_parameter(name)) for name, weight in model.named_parameters())
 

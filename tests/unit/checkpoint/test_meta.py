@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llavakit import LlamaForCausalLM, LlamaTokenizer
+from llavakit import LLM, Conversation, LlamaForCausalLM, LlamaTokenizer, SamplingParams
 from llavakit.checkpoint import convert as converting
 from llavakit.checkpoint.meta import MetaFolder
 from llavakit.checkpoint.parts import Sources
@@ -49,6 +49,17 @@ def test_logits_are_those_of_metas_arithmetic(tmp_path: Path, kind: str) -> None
         logits = model.float()(IDS.unsqueeze(0)).logits[0]
     torch.testing.assert_close(logits, meta.logits(IDS), atol=1e-4, rtol=1e-4)
     assert manifest_problems(folder, check_hashes=True) == []
+    direct = LlamaForCausalLM.from_pretrained(tmp_path / "meta", allow_pickle=True)
+    with torch.no_grad():
+        assert torch.equal(direct.float()(IDS.unsqueeze(0)).logits[0], logits)
+
+
+def test_metas_files_are_asked_as_they_are(tmp_path: Path) -> None:
+    folder = MetaLlama().save(tmp_path / "meta")
+    llm = LLM.load(folder, allow_pickle=True, device="cpu")
+    assert llm.chat(Conversation.ask("a red"), SamplingParams(max_tokens=3)).usage.completion_tokens == 3
+    with pytest.raises(CheckpointError, match="allow_pickle"):
+        LLM.load(folder)
 
 
 def test_tensors_keep_their_bits(tmp_path: Path) -> None:

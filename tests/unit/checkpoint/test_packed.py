@@ -300,7 +300,7 @@ def test_other_quantisations_are_named(tmp_path: Path, values: Any, told: str) -
 
 
 def test_the_spellings_of_both_writers_mean_the_same() -> None:
-    awq = Packing(LAYOUTS["awq", "gemm", 4], 64)
+    awq = Packing(LAYOUTS["awq", "gemm", 4], 64, "AWQ (gemm) of 4 bits, groups of 64")
     for values in (
         {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"},
         {"quant_method": "AWQ", "w_bit": 4, "q_group_size": 64, "version": "GEMM"},
@@ -309,7 +309,8 @@ def test_the_spellings_of_both_writers_mean_the_same() -> None:
         assert packing_of_config({"text_config": {"quantization_config": values}}) == awq
     for key in ("format", "checkpoint_format"):
         values = {"quant_method": "gptq", "bits": 4, "group_size": 64, key: "gptq_v2"}
-        assert packing_of_config({"quantization_config": values}) == Packing(LAYOUTS["gptq", "gptq_v2", 4], 64)
+        expected = Packing(LAYOUTS["gptq", "gptq_v2", 4], 64, "GPTQ (gptq_v2) of 4 bits, groups of 64")
+        assert packing_of_config({"quantization_config": values}) == expected
 
 
 def test_one_module_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +324,7 @@ def test_one_module_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
         return read_whole(file, name)
 
     with TensorFolder(folder) as files:
-        dense = Unpacked(files, Packing(LAYOUTS["gptq", "gptq", 4], 32), folder)
+        dense = Unpacked(files, Packing(LAYOUTS["gptq", "gptq", 4], 32, "GPTQ"), folder)
         monkeypatch.setattr(TensorFile, "read", watched)
         dense.read(f"{MODULE}.weight")
         dense.read("model.norm.weight")
