@@ -188,7 +188,7 @@ def _plan(opened: Checkpoint, how: Conversion) -> _Plan:
     """Decide on names and shapes alone. Raises: CheckpointError, ConfigError."""
     core = build_core(_new_config(opened, how.to))
     kinds = gguf_kinds(core, how.gguf_type or _GGUF_TYPE) if how.to == "gguf" else {}
-    prefix = _TEXT if how.to == "text" else ""
+    prefix = _TEXT if how.to == "text" and isinstance(opened.config, LlavaConfig) else ""
     sources = {name: opened.weights[prefix + name] for name, _ in core.named_parameters() if how.to != "gguf" or name in kinds}
     stored = {name: weight.spec.dtype for name, weight in sources.items()}
     asked = {name: torch.float32 if kind.is_packed else kind.dtype for name, kind in kinds.items()}
@@ -200,7 +200,7 @@ def _new_config(opened: Checkpoint, to: Output) -> LlamaConfig | LlavaConfig:
     if to == "gguf":
         return config
     if not isinstance(config, LlavaConfig):
-        if to != "hf":
+        if to == "original":
             kind = config.model_type
             raise ConfigError(f"this is a language model ({kind}): --to hf and gguf can hold it, and --vision-tower makes a LLaVA of it")
         return config

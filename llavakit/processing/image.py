@@ -345,12 +345,16 @@ class ImageProcessor:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Write preprocessor_config.json as transformers reads it; padding is LlavaImageProcessor's do_pad, pinpoints are (H, W)."""
+        """Write preprocessor_config.json as transformers reads it; pinpoints are (H, W).
+
+        Padding is LlavaImageProcessor's do_pad, which versions before that class do not know: without a class's name they take
+        CLIPImageProcessor, which crops, and later ones the right one by the model's type.
+        """
         is_next = self.aspect == "anyres"
         size = {"height": self.size_px, "width": self.size_px} if self.aspect == "stretch" else {"shortest_edge": self.size_px}
         crop = {} if self.aspect == "stretch" else {"crop_size": {"height": self.crop_px, "width": self.crop_px}}
         return {
-            "image_processor_type": _TYPES[self.aspect],
+            **({} if self.aspect == "pad" else {"image_processor_type": _TYPES[self.aspect]}),
             "processor_class": "LlavaNextProcessor" if is_next else "LlavaProcessor",
             **({"do_pad": True} if self.aspect in ("pad", "anyres") else {}),
             **_FIXED,
@@ -366,7 +370,6 @@ class ImageProcessor:
 
 _TYPES: Mapping[Aspect, str] = {
     "crop": "CLIPImageProcessor",
-    "pad": "LlavaImageProcessor",
     "stretch": "SiglipImageProcessor",
     "anyres": "LlavaNextImageProcessor",
 }
