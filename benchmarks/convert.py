@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -47,12 +48,15 @@ NUM_ROWS = 768
 PEER_FRACTION = (8, 80)
 PEER_MODULE = "transformers.models.llama.convert_llama_weights_to_hf"
 PEER = """
-import sys
+import os, sys, time
 from importlib import import_module
 from pathlib import Path
 sys.argv = ["convert", "--input_dir", {source!r}, "--model_size", "70B", "--output_dir", {destination!r}]
 module = import_module({module!r})
+start = time.perf_counter()
 module.main()
+os.sync()
+print("SECONDS", time.perf_counter() - start)
 lines = Path("/proc/self/status").read_text().splitlines()
 print("PEAK", int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024)
 """
@@ -260,12 +264,11 @@ def run_child(source: Path, destination: Path, how: Mapping[str, Any]) -> dict[s
 def run_peer(python: str, source: Path, destination: Path) -> dict[str, Any]:
     """Run transformers' script on the same files."""
     code = PEER.format(source=str(source.parent), destination=str(destination), module=PEER_MODULE)
-    start = time.perf_counter()
     done = subprocess.run([python, "-c", code], check=False, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
     if done.returncode != 0:
         return {"error": done.stderr.strip().splitlines()[-1][-300:]}
-    return {"seconds": round(seconds, 1), "peak_bytes": int(done.stdout.split("PEAK")[-1])}
+    seconds, peak = re.findall(r"^(?:SECONDS|PEAK) ([\d.]+)$", done.stdout, re.MULTILINE)
+    return {"seconds": round(float(seconds), 1), "peak_bytes": int(peak)}
 
 
 def measure(source: Path, destination: Path, how: Mapping[str, Any]) -> dict[str, Any]:
