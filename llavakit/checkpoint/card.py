@@ -167,7 +167,7 @@ def choose_licence(stated: str | None, source: Path | None) -> Licence:
         return Licence(license=stated)
     if source is None or not source.is_dir():
         return Licence()
-    if (source / "README.md").is_file() and (found := _read_front_matter(read_text(source / "README.md"))):
+    if found := _read_front_matter(source / "README.md"):
         return Licence(**found)
     files = [path.name for path in find_licences(source) if not path.name.lower().startswith("notice")]
     return Licence(license="other", license_name=files[0].split(".")[0].lower(), license_link=files[0]) if files else Licence()
@@ -206,8 +206,13 @@ def _numbered(path: Path, number: int) -> str:
     return path.name if number == 1 else f"{path.stem}-{number}{path.suffix}"
 
 
-def _read_front_matter(text: str) -> dict[str, str]:
-    """Read the licence keys of a card; the rest of its YAML is not looked at."""
+def _read_front_matter(path: Path) -> dict[str, str]:
+    """Read the licence keys of a card; the rest of its YAML is not looked at. A card that cannot be read states nothing."""
+    try:
+        text = read_text(path) if path.is_file() else ""
+    except CheckpointError as error:
+        _LOG.warning("left out a model card: %s", error)
+        return {}
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return {}
     lines = text[4 : text.index("\n---", 3)].splitlines()

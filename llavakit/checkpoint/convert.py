@@ -23,7 +23,7 @@ from llavakit.checkpoint.fresh import Fresh, fresh_config, fresh_processor, fres
 from llavakit.checkpoint.gguf_write import GgufType, gguf_kinds, write_gguf
 from llavakit.checkpoint.hf import MAX_SHARD_BYTES, write_checkpoint
 from llavakit.checkpoint.layouts import LANGUAGE_MODEL
-from llavakit.checkpoint.load import build_core
+from llavakit.checkpoint.load import build_core, load_jinja
 from llavakit.checkpoint.opening import Checkpoint, Need, Weight, open_checkpoint
 from llavakit.checkpoint.original import write_original
 from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_tower
@@ -36,6 +36,7 @@ from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import resized_rows
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.template_choice import CHAT_TEMPLATE_NAME
 from llavakit.processing.text import TextProcessor
 from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
@@ -114,10 +115,13 @@ def convert(
         plan = _plan(opened, how)
         if how.is_dry:
             return list(plan.sources)
+        card, template = _card(opened, plan, how, source, destination.name), _chat_template(opened, source, how)
         with new_folder(destination, hashes=how.hashes) as folder:
             try:
                 _write(opened, plan, folder, read_ahead(_read(plan, progress)), how, source)
-                write_terms(folder, _card(opened, plan, how, source, destination.name))
+                write_terms(folder, card)
+                if template is not None:
+                    (folder / CHAT_TEMPLATE_NAME).write_text(template, encoding="utf-8")
             except OSError as error:
                 raise CheckpointError(f"writing {destination} failed: {error}; nothing of it was left") from error
     return list(plan.sources)
@@ -141,6 +145,11 @@ def _write(opened: Checkpoint, plan: _Plan, folder: Path, tensors: Iterator[tupl
         assert not isinstance(opened.processor, TextProcessor), "the other outputs take tokenizers"
         write = write_original if how.to == "original" else write_checkpoint
         write(plan.core, folder, plan.dtypes, tensors, processor=opened.processor, source=origin, max_shard_bytes=how.max_shard_bytes)
+
+
+def _chat_template(opened: Checkpoint, source: Path, how: Conversion) -> str | None:
+    """Return the chat template that goes along with a language model alone; a LLaVA's comes with its processor."""
+    return None if how.to not in ("hf", "text") or isinstance(opened.processor, LlavaProcessor) else load_jinja(source, how.sources)
 
 
 def _card(opened: Checkpoint, plan: _Plan, how: Conversion, source: Path, name: str) -> CardFacts:
@@ -180,7 +189,7 @@ def _built(language_model: Checkpoint, tower: Path, seen: Part, fresh: Fresh) ->
     config = fresh_config(text, tower, fresh)
     processor = fresh_processor(words, config, tower, fresh.template)
     read = [replace(part, layout=LANGUAGE_MODEL) for part in language_model.parts]
-    dtype = read[0].tensors.specs["model.embed_tokens.weight"].dtype
+    dtype = next((spec.dtype for spec in read[0].tensors.specs.values() if spec.dtype.is_floating_point), torch.float32)
     return Checkpoint(config, (*read, seen, fresh_projector(config, dtype, fresh.seed)), processor)
 
 

@@ -17,6 +17,7 @@ __all__ = ["Summed"]
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _WHOLE = ("model.mm_projector.", "model.vision_tower.", "model.image_newline")
+_NORM = ".input_layernorm.weight"
 _CONSTANT = ".rotary_emb.inv_freq"
 
 
@@ -32,6 +33,17 @@ class Summed:
         problems += [f"{name} is only in the base" for name in others if name not in self.specs and not name.endswith(_CONSTANT)]
         if problems:
             raise CheckpointError(f"the base is not the one that these deltas were taken from: {'; '.join(problems[:10])}")
+
+        self._check_delta()
+
+    def _check_delta(self) -> None:
+        """Check a norm's weights: a whole model's are near the base's, a delta's near nothing. Raises: CheckpointError."""
+        name = next((name for name in self.specs if name.endswith(_NORM) and name in self._base.specs), None)
+        if name is None:
+            return
+        delta, base = self._delta.read(name).float(), self._base.read(name).float()
+        if (delta - base).abs().sum() < delta.abs().sum():
+            raise CheckpointError("these weights are a whole model's, not what is to be added to a base; leave the base out")
 
     def read(self, name: str) -> Tensor:
         """Read one tensor, the base's added."""

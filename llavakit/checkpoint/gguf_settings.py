@@ -67,6 +67,12 @@ def gguf_processor(
         return replace(processor, image_processor=replace(processor.image_processor, mean=mean, std=std))
 
 
+def gguf_jinja(path: Path) -> str | None:
+    """Return the chat template of a file. Raises: CheckpointError."""
+    with open_gguf(path) as model:
+        return model.text.value("tokenizer.chat_template", str)
+
+
 def gguf_tokenizer(path: Path) -> LlamaTokenizer | LlamaTokenizerFast:
     """Build the tokenizer alone. Raises: CheckpointError."""
     with open_gguf(path) as model, _small_files(model, None) as folder:

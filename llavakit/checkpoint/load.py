@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llavakit.checkpoint.detect import Kind, detect_kind, foreign_kind
 from llavakit.checkpoint.gguf_read import is_gguf
-from llavakit.checkpoint.gguf_settings import gguf_processor, gguf_tokenizer, read_gguf_config
+from llavakit.checkpoint.gguf_settings import gguf_jinja, gguf_processor, gguf_tokenizer, read_gguf_config
 from llavakit.checkpoint.meta import is_meta_folder
 from llavakit.checkpoint.original import original_processor, read_original_config
 from llavakit.checkpoint.packed import packing_of_config
@@ -29,7 +29,9 @@ from llavakit.model.config import DECODERS, LlamaConfig
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.chat import ChatTemplate
+from llavakit.processing.jinja import jinja_text
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.template_choice import find_jinja, template_of_checkpoint
 from llavakit.processing.text import TextProcessor
 from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.load import has_tokenizer, load_tokenizer
@@ -42,6 +44,7 @@ __all__ = [
     "check_finite",
     "load_config",
     "load_core",
+    "load_jinja",
     "load_processor",
     "load_weights",
     "load_words",
@@ -143,6 +146,22 @@ def load_words(folder: Path, sources: Sources) -> LlamaTokenizer | LlamaTokenize
     """Load the tokenizer of a folder's model alone; that of its base where the folder has none. Raises: CheckpointError."""
     folder = _processor_folder(folder, sources)
     return gguf_tokenizer(folder) if is_gguf(folder) else load_tokenizer(folder)
+
+
+def load_jinja(folder: Path, sources: Sources) -> str | None:
+    """Read a model's chat template as its files have it, or write that of a LLaVA by which it is known; None where there is none.
+
+    Raises: CheckpointError.
+    """
+    folder = _processor_folder(folder, sources)
+    if is_gguf(folder):
+        return gguf_jinja(folder)
+    if is_meta_folder(folder):
+        return None
+    if kind_of_folder(folder) is not Kind.ORIGINAL:
+        return find_jinja(folder)
+    template = template_of_checkpoint(folder).template
+    return jinja_text(template) if template.holds_talks else None
 
 
 def _processor_folder(folder: Path, sources: Sources, *, has_pictures: bool = False) -> Path:

@@ -169,7 +169,9 @@ def write_original(
     if trained_template(told) != trained_template(replace(told, template=processor.template)):
         write_json(folder / "processor_config.json", {TEMPLATE_KEY: processor.template.name})  # original LLaVA takes it from --version
     if (source / GENERATION_NAME).is_file():
-        write_json(folder / GENERATION_NAME, read_json(source / GENERATION_NAME))
+        given = read_json(source / GENERATION_NAME)
+        kept = values["pad_token_id"] if "pad_token_id" in given else None
+        write_json(folder / GENERATION_NAME, given if kept is None else {**given, "pad_token_id": kept})
     copy_licences(source, folder)
 
 
@@ -194,12 +196,17 @@ def _config_values(config: LlavaConfig, processor: LlavaProcessor) -> dict[str, 
 
 
 def _tokenizer_without(processor: LlavaProcessor, num_rows: int) -> LlamaTokenizer | LlamaTokenizerFast:
-    """Return the tokenizer without <image>, which original LLaVA cuts out of a text itself, and without tokens that have no row."""
+    """Return the tokenizer without tokens that have no row, and without <image>, which original LLaVA cuts out of a text itself.
+
+    Where tokens of the model's own come behind <image>, it stays, and keeps them in their places.
+    """
     tokenizer = processor.tokenizer
     if not isinstance(tokenizer, LlamaTokenizer):
         assert isinstance(tokenizer, LlamaTokenizerFast)
         return tokenizer
-    most = min(num_rows, processor.image_token_id)  # llava-hf puts its pad token behind <image>
+    added = {index for index in tokenizer.added_tokens_decoder if index < num_rows}
+    behind = {index for index in added if index > processor.image_token_id} - {tokenizer.pad_token_id}  # llava-hf's pad token is there
+    most = num_rows if behind else min(num_rows, processor.image_token_id)
     kept = {index: token for index, token in tokenizer.added_tokens_decoder.items() if index < most}
     has_pad = tokenizer.pad_token_id is not None and tokenizer.pad_token_id in kept
     return LlamaTokenizer(

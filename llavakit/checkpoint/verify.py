@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from llavakit.checkpoint.opening import Checkpoint, Weight, open_checkpoint
 from llavakit.checkpoint.parts import Sources
 from llavakit.checkpoint.streamed import streamed
 from llavakit.config import ModelConfig
+from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.ops.attention import Packed
@@ -34,6 +36,7 @@ from llavakit.world.scenes import draw_scene
 __all__ = ["Comparison", "Verification", "verify"]
 
 _TEXT = "language_model."
+_TOWER = "vision_tower.vision_model."
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 _QUESTION = "What is in this picture, and what is it next to?"
 _SCENE_SEED = 4
@@ -41,8 +44,13 @@ _SCENE_PX = (420, 260)
 _CHUNK = 1 << 24
 _MAX_LISTED = 20
 _IMAGE = -1  # in place of an image position's id, which differs between layouts
-_MAY_DIFFER = {"vocab_size", "image_token_index", "pad_token_id", "tokenizer_padding_side", "tokenizer_model_max_length", "ignore_index"}
-"""Settings that layouts write in their own ways, and that no result of a prompt depends on."""
+_MAY_DIFFER = {
+    "vocab_size", "image_token_index", "pad_token_id", "tokenizer_padding_side", "tokenizer_model_max_length", "ignore_index",
+    "num_key_value_heads", "head_dim", "sliding_window", "use_sliding_window", "vision_feature_layer", "vision_feature_select_strategy",
+}  # fmt: skip
+"""Settings that layouts write in their own ways; what they mean is compared instead, where a result depends on it."""
+_BEYOND_THE_PROMPT = ("window", "rope_scaling", "image_grid_pinpoints")
+"""Settings that a short prompt with one picture cannot tell apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,13 +150,16 @@ class _Pair:
         return isinstance(self.first.config, LlavaConfig) != isinstance(self.second.config, LlavaConfig)
 
     def compare_configs(self) -> None:
-        """Note settings that differ; whether they matter, the logits tell."""
+        """Note settings that differ; whether they matter the logits tell, where they can and are there."""
         configs: list[ModelConfig] = [self.first.config, self.second.config]
         if self.is_mixed:
             configs = [config.get_text_config() for config in (self.first.config, self.second.config)]
             self.notes.append("one is a language model alone; the other's tower and projector are not compared")
         one, two = (_settings(config) for config in configs)
-        self.notes += [f"{name} is {one.get(name)!r} and {two.get(name)!r}" for name in sorted(one | two) if one.get(name) != two.get(name)]
+        structural = {name for config in configs for name in _structural(config)}
+        for name in sorted(name for name in one | two if one.get(name) != two.get(name)):
+            is_problem = name.endswith(_BEYOND_THE_PROMPT) or (not self.how.runs_models and name.rpartition(".")[2] in structural)
+            (self.problems if is_problem else self.notes).append(f"{name} is {one.get(name)!r} and {two.get(name)!r}")
 
     def compare_tensors(self, progress: Callable[[int, int], None] | None) -> None:
         """Compare the weights pair by pair."""
@@ -187,12 +198,23 @@ class _Pair:
         if one.dtype == two.dtype and torch.equal(one, two):
             self.num_identical += 1
             return None
+        if not self._is_used(name):
+            self.notes.append(f"{name}, which no answer depends on, differs")
+            return None
         difference = max(_max_difference(a, b) for a, b in zip(one.reshape(-1).split(_CHUNK), two.reshape(-1).split(_CHUNK), strict=True))
         self.max_weight_difference = max(self.max_weight_difference, difference)
         if difference <= self.how.atol:
             return None
         self.first_different = name if self.first_different is None else self.first_different
         return f"{name} differs by up to {difference:.6g}"
+
+    def _is_used(self, name: str) -> bool:
+        """Whether an answer can depend on a weight: the tower's last norm and its layers behind the features never matter."""
+        if not name.startswith(_TOWER) or not isinstance(config := self.first.config, LlavaConfig):
+            return True
+        layer = re.match(rf"{re.escape(_TOWER)}encoder\.layers\.(\d+)\.", name)
+        is_behind = layer is not None and int(layer[1]) >= max(config.feature_depths)
+        return not (is_behind or name.startswith(f"{_TOWER}post_layernorm."))
 
     def compare_results(self) -> None:
         """Run both models on the fixed prompt, one after the other, and compare what comes out, from pixels to logits."""
@@ -252,7 +274,7 @@ class _Pair:
 
 
 def _settings(config: ModelConfig, prefix: str = "") -> dict[str, object]:
-    """Return the declared settings that a result may depend on, by dotted name."""
+    """Return the settings that a result may depend on, by dotted name."""
     found: dict[str, object] = {f"{prefix}model_type": config.model_type}
     for declared in dataclasses.fields(config):
         value = getattr(config, declared.name)
@@ -260,7 +282,23 @@ def _settings(config: ModelConfig, prefix: str = "") -> dict[str, object]:
             found |= _settings(value, f"{prefix}{declared.name}.")
         elif declared.name not in _MAY_DIFFER:
             found[prefix + declared.name] = value
+    if isinstance(config, LlamaConfig):
+        found |= {
+            f"{prefix}key-value heads": config.num_kv_heads,
+            f"{prefix}head width": config.head_width,
+            f"{prefix}window": config.window,
+        }
+    if isinstance(config, LlavaConfig):
+        found |= {"feature layers": config.feature_depths, "class token among the features": config.image_grid.has_cls}
     return found
+
+
+def _structural(config: ModelConfig) -> set[str]:
+    """Return the settings that decide what a model computes; whether a head is shared its weights tell."""
+    inner = [value for field in dataclasses.fields(config) if isinstance(value := getattr(config, field.name), ModelConfig)]
+    own = {field.name for field in dataclasses.fields(config) if field.metadata.get("structural")}
+    meanings = {"key-value heads", "head width", "feature layers", "class token among the features"}
+    return (own | meanings | {name for config in inner for name in _structural(config)}) - {"tie_word_embeddings"}
 
 
 def _only(one: Mapping[str, object], two: Mapping[str, object]) -> Iterator[tuple[str, str]]:

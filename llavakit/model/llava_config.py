@@ -230,9 +230,9 @@ class LlavaConfig(ForwardConfig):
         if isinstance(self.vision_feature_layer, list) or not self.multimodal_projector_bias:
             raise ConfigError("original LLaVA's config.json cannot hold several feature layers or a projector without biases; use to_dict")
         own = {field.name for field in dataclasses.fields(self)} | {"image_seq_length", "architectures", "mm_patch_merge_type"}
-        kept = {name: value for name, value in self.to_dict().items() if name not in own and name != "model_type"}
         text = self.text_config.to_dict()
         del text["rope_parameters"]
+        kept = {name: value for name, value in self.to_dict().items() if name not in own and name not in text}
         features = {strategy: feature for feature, strategy in _FEATURES.items()}
         return {
             **text,

@@ -18,8 +18,10 @@ from llavakit.processing.jinja import template_of_jinja
 from llavakit.storage.documents import read_optional_json, read_text
 
 __all__ = [
+    "CHAT_TEMPLATE_NAME",
     "TEMPLATE_KEY",
     "TemplateChoice",
+    "find_jinja",
     "is_vision_config",
     "template_of_checkpoint",
     "template_of_config",
@@ -27,6 +29,7 @@ __all__ = [
     "was_trained_padded",
 ]
 
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
 TEMPLATE_KEY = "llavakit_template"
 """Our own entry in processor_config.json."""
 _YI_VOCABULARY = range(64000, 64128)
@@ -130,10 +133,15 @@ def was_trained_padded(config: Mapping[str, Any], trained: ChatTemplate) -> bool
     return bool(config.get("image_aspect_ratio", "pad" if is_one_five and "text_config" in config else None) == "pad")
 
 
+def find_jinja(folder: Path) -> str | None:
+    """Return the text of a folder's own chat template. Raises: CheckpointError for files that cannot be read."""
+    return _find_jinja(folder, read_optional_json(folder / "processor_config.json"))[1]
+
+
 def _find_jinja(folder: Path, processor: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return the first chat template text and the name of its file."""
-    if (folder / "chat_template.jinja").is_file():
-        return "chat_template.jinja", read_text(folder / "chat_template.jinja")
+    if (folder / CHAT_TEMPLATE_NAME).is_file():
+        return CHAT_TEMPLATE_NAME, read_text(folder / CHAT_TEMPLATE_NAME)
     for name in ("processor_config.json", "chat_template.json", "tokenizer_config.json"):
         table = processor if name == "processor_config.json" else read_optional_json(folder / name)
         if (text := _default_text(table.get("chat_template"))) is not None:

@@ -10,6 +10,7 @@ Invariant: every failure is one CheckpointError that says what to do; no message
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ _CACHED = re.compile(r"models--(.+?)--(.+)")
 _SETTINGS = ["*.json", "*.model", "*.jinja"]
 _WEIGHTS = ["*.safetensors"]
 _PICKLES = ["*.bin"]
+_BESIDE_ADAPTERS = ["non_lora_trainables.bin"]
 _GGUF = ".gguf"
 _DOCUMENTS = ["*.txt", "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
 # Subfolders hold other formats; consolidated.* are the same weights in another layout; the rest belongs to trainings.
@@ -101,7 +103,7 @@ def is_hub_id(model: str | Path) -> bool:
 def name_of_folder(folder: Path) -> str:
     """Return what people call a model: its hub id where the folder is one of the hub's cache, else the folder's name."""
     match = _CACHED.fullmatch(folder.parent.parent.name) if folder.parent.name == "snapshots" else None
-    return folder.name if match is None else f"{match[1]}/{match[2]}"
+    return Path(os.path.abspath(folder)).name if match is None else f"{match[1]}/{match[2]}"
 
 
 def upload_folder(
@@ -148,7 +150,9 @@ def _fetch(source: _Source, *, parts: str, allow_pickle: bool) -> Path:
         return _snapshot(source, _SETTINGS)
     folder = _snapshot_with_documents(source, [*_SETTINGS, *_WEIGHTS])
     if any(folder.glob("*.safetensors")):
-        return folder
+        # What LLaVA's training leaves beside an adapter is a pickle file; without it the projector would silently be the base's.
+        is_adapter = (folder / "adapter_config.json").is_file()
+        return _snapshot(replace(source, revision=folder.name), [*_SETTINGS, *_WEIGHTS, *_BESIDE_ADAPTERS]) if is_adapter else folder
     if not allow_pickle:
         raise CheckpointError(
             f"{source.name} has no safetensors. If it has pickle weights (.bin): these can run code when they are opened carelessly; "

@@ -129,13 +129,44 @@ def test_what_makes_another_model_is_a_problem(tmp_path: Path, original: Path, k
     assert any(re.search(told, problem) for problem in found.problems), found
 
 
-def test_a_changed_setting_is_noted(tmp_path: Path, original: Path) -> None:
+def test_without_logits_a_setting_that_decides_results_is_a_problem(tmp_path: Path, original: Path) -> None:
     convert(original, tmp_path / "hf")
     _eps(tmp_path / "hf")
     found: Verification = verify(original, tmp_path / "hf", Comparison(runs_models=False))
-    assert found.is_same
+    assert found.problems == ("text_config.rms_norm_eps is 1e-05 and 0.1",)
     assert found.max_logit_difference is None
-    assert [note for note in found.notes if "rms_norm_eps" in note] == ["text_config.rms_norm_eps is 1e-05 and 0.1"]
+    edit(tmp_path / "hf" / "config.json", text_config={**_text(tmp_path / "hf"), "rms_norm_eps": 1e-5, "initializer_range": 0.5})
+    assert verify(original, tmp_path / "hf", Comparison(runs_models=False)).is_same
+
+
+@pytest.mark.parametrize(("name", "value"), [("sliding_window", 8), ("rope_scaling", {"type": "dynamic", "factor": 2.0})])
+def test_what_shows_in_long_prompts_alone_is_a_problem(tmp_path: Path, name: str, value: object) -> None:
+    original = make_original(tmp_path / "made", "v1.6 mistral").path
+    convert(original, tmp_path / "hf")
+    text = {key: kept for key, kept in _text(tmp_path / "hf").items() if key != "rope_parameters"}
+    edit(tmp_path / "hf" / "config.json", text_config={**text, name: value})
+    found = verify(original, tmp_path / "hf", Comparison(logits_atol=1e9))
+    assert len(found.problems) == 1
+    assert ("window" if name == "sliding_window" else name) in found.problems[0]
+
+
+def test_what_no_answer_depends_on_is_noted(tmp_path: Path, original: Path) -> None:
+    convert(original, tmp_path / "hf")
+    unused = [f"vision_tower.vision_model.{name}" for name in ("post_layernorm.bias", "encoder.layers.2.mlp.fc1.weight")]
+    for name in unused:
+        change(tmp_path / "hf", name, lambda weight: weight + 1)
+    found = verify(original, tmp_path / "hf")
+    assert found.is_same
+    assert [note for note in found.notes if "no answer" in note] == [
+        f"{name}, which no answer depends on, differs" for name in sorted(unused)
+    ]
+    convert(original, tmp_path / "gguf", Conversion(to="gguf", gguf_type="f32"))
+    assert verify(original, tmp_path / "gguf").is_same
+
+
+def _text(folder: Path) -> dict[str, object]:
+    values: dict[str, object] = json.loads((folder / "config.json").read_text())["text_config"]
+    return values
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path: Path, original: Path) -> None:
