@@ -42,7 +42,7 @@ class Summed:
         if name is None:
             return
         delta, base = self._delta.read(name).float(), self._base.read(name).float()
-        if (delta - base).abs().sum() < delta.abs().sum():
+        if (delta - base).abs().sum() < 0.5 * delta.abs().sum():
             raise CheckpointError("these weights are a whole model's, not what is to be added to a base; leave the base out")
 
     def read(self, name: str) -> Tensor:

@@ -25,7 +25,7 @@ from llavakit.processing.chat import ChatTemplate, Turns
 from llavakit.processing.image import DEFAULT_LIMITS, ImageLimits, ImageProcessor, decode_image, image_digest, image_size
 from llavakit.processing.jinja import jinja_text
 from llavakit.processing.segments import EncodedChat, MarkerIds, Segment, encode_segments, find_marker
-from llavakit.processing.template_choice import TEMPLATE_KEY, template_of_checkpoint, trained_template, was_trained_padded
+from llavakit.processing.template_choice import TEMPLATE_KEY, is_vision_config, template_of_checkpoint, trained_template, was_trained_padded
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.documents import json_bytes, read_optional_json
@@ -248,7 +248,10 @@ class LlavaProcessor:
         config, processor = read_optional_json(folder / "config.json"), read_optional_json(folder / "processor_config.json")
         image = processor["image_processor"] if "image_processor" in processor else read_optional_json(folder / "preprocessor_config.json")
         if not image:
-            raise CheckpointError(f"{folder} has neither preprocessor_config.json nor an image_processor in processor_config.json")
+            hint = (
+                "; LLM.load makes the processor of an original LLaVA's folder, llava convert writes it" if is_vision_config(config) else ""
+            )
+            raise CheckpointError(f"{folder} has neither preprocessor_config.json nor an image_processor in processor_config.json{hint}")
         tokenizer = load_tokenizer(folder)
         mark = _first(str, "<image>", (processor, "image_token"))
         known = tokenizer.find_token(mark)

@@ -199,6 +199,16 @@ def test_deltas_are_added_exactly(tmp_path: Path) -> None:
         LlavaLlamaForCausalLM.from_pretrained(made.path, base=tmp_path / "base")
 
 
+@pytest.mark.parametrize("layout", ["original", "hf"])
+def test_a_whole_model_is_not_added_to_a_base(tmp_path: Path, layout: str) -> None:
+    made = make_original(tmp_path, "v1.5", tower_inside=True)
+    convert(made.path, tmp_path / "hf")
+    convert(made.path, tmp_path / "text", Conversion(to="text"))
+    source, base = (made.path, tmp_path / "text") if layout == "original" else (tmp_path / "hf", tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="a whole model's, not what is to be added"):
+        convert(source, tmp_path / "out", Conversion(sources=Sources(base=base)))
+
+
 def edit(folder: Path, **values: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

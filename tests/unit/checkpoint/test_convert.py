@@ -23,7 +23,7 @@ from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
 from tests.original_folders import KINDS, OriginalFolder, make_original
 from tests.originals import original_ids, original_prompt
-from tests.tiny import NUM_PIECES, tiny_processor, tiny_tokenizer
+from tests.tiny import NUM_PIECES, llava, tiny_processor, tiny_tokenizer
 
 PICTURE = to_png(render(Scene((), Backdrop("plain", (9, 99, 199), (0, 0, 0), 0)), 70, 30))
 GREEDY = SamplingParams(max_tokens=8)
@@ -178,8 +178,6 @@ def test_what_the_weights_were_trained_with_is_written(tmp_path: Path) -> None:
 
 def test_a_llava_hf_folder_becomes_an_original_one_and_comes_back(tmp_path: Path) -> None:
     """Its vocabulary has rows for <image> and <pad> already, and keeps them."""
-    from tests.tiny import llava
-
     llava().save_pretrained(tmp_path / "hf", processor=tiny_processor())
     convert(tmp_path / "hf", tmp_path / "original", Conversion(to="original"))
     assert answer(tmp_path / "original") == answer(tmp_path / "hf")
@@ -271,3 +269,59 @@ def test_what_is_converted_says_what_it_was_made_of(tmp_path: Path) -> None:
     convert(tmp_path / "hf", tmp_path / "back", Conversion(to="original"))
     assert "in original LLaVA's layout" in (tmp_path / "back" / "README.md").read_text()
     assert len(list((tmp_path / "back").glob("LICENSE*"))) == 2
+
+
+def test_tokens_behind_image_keep_their_rows(tmp_path: Path) -> None:
+    model = llava()
+    processor = tiny_processor()
+    assert isinstance(processor.tokenizer, LlamaTokenizer)
+    processor.tokenizer.add_tokens(["<extra>"], special_tokens=True)
+    extra = processor.tokenizer.find_token("<extra>")
+    assert extra is not None
+    assert extra > processor.image_token_id
+    model.save_pretrained(tmp_path / "hf", processor=processor)
+    convert(tmp_path / "hf", tmp_path / "original", Conversion(to="original"))
+    convert(tmp_path / "original", tmp_path / "again")
+    for folder in ("original", "again"):
+        assert load_tokenizer(tmp_path / folder).find_token("<extra>") == extra
+    assert answer(tmp_path / "original") == answer(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_language_models_own_chat_template_comes_along(tmp_path: Path, file: str) -> None:
+    template = "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}{% endfor %}"
+    convert(make_original(tmp_path, "v1.5").path, tmp_path / "text", Conversion(to="text"))
+    v1 = (tmp_path / "text" / "chat_template.jinja").read_text()
+    assert "USER: " in v1  # what the LLaVA was trained with
+    (tmp_path / "text" / "chat_template.jinja").unlink()
+    if file.endswith(".jinja"):
+        (tmp_path / "text" / file).write_text(template)
+    else:
+        values = json.loads((tmp_path / "text" / file).read_text())
+        (tmp_path / "text" / file).write_text(json.dumps({**values, "chat_template": template}))
+    convert(tmp_path / "text", tmp_path / "again")
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == template
+
+
+def test_top_level_nulls_of_a_llava_hf_config_do_not_reach_the_language_model(tmp_path: Path) -> None:
+    llava().save_pretrained(tmp_path / "hf", processor=tiny_processor())
+    edit(tmp_path / "hf", eos_token_id=None, bos_token_id=None)
+    convert(tmp_path / "hf", tmp_path / "original", Conversion(to="original"))
+    values = json.loads((tmp_path / "original" / "config.json").read_text())
+    assert (values["bos_token_id"], values["eos_token_id"]) == (1, 2)
+
+
+def test_generation_settings_name_no_token_without_a_row(tmp_path: Path) -> None:
+    original = make_original(tmp_path, "v1.5").path
+    convert(original, tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"pad_token_id": NUM_PIECES + 1, "temperature": 0.5}))
+    convert(tmp_path / "hf", tmp_path / "back", Conversion(to="original"))
+    values = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert values == {"pad_token_id": 0, "temperature": 0.5}
+
+
+def test_a_card_that_cannot_be_read_states_nothing(tmp_path: Path) -> None:
+    made = make_original(tmp_path, "v1.5")
+    (made.path / "README.md").write_bytes(b"---\nlicense: mit\n\xff---\n")
+    convert(made.path, tmp_path / "hf")
+    assert "- original: Not stated" in (tmp_path / "hf" / "README.md").read_text()

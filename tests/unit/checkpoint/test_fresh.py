@@ -225,3 +225,12 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path: Path, kin
     with pytest.raises((CheckpointError, ConfigError), match=told):
         convert(save_decoder(tmp_path / "decoder"), tmp_path / "fresh", how)
     assert not (tmp_path / "fresh").exists()
+
+
+def test_a_language_model_without_its_table_is_told_apart(tmp_path: Path) -> None:
+    decoder, tower = save_decoder(tmp_path / "words"), save_tower(tmp_path / "tower")
+    tensors = tensors_of(decoder)
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, decoder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing language_model\.model\.embed_tokens\.weight"):
+        convert(decoder, tmp_path / "out", Conversion(sources=Sources(vision_tower=tower)))

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from llavakit.errors import CheckpointError
-from llavakit.storage.hub import check_inside, resolve_model, upload_folder
+from llavakit.storage.hub import check_inside, name_of_folder, resolve_model, upload_folder
 from tests.fake_hub import TOKEN, FakeHub, commit_of, fake_hub
 
 __all__ = ["fake_hub"]
@@ -272,3 +272,18 @@ def test_the_environment_names_hub_cache_and_offline_use(hub: FakeHub, tmp_path:
     assert f"Bearer {TOKEN}" in hub.tokens
     hub.stop()
     assert probe(offline)[0] == commit_of(FILES)
+
+
+def test_what_was_trained_beside_an_adapter_comes_with_it(hub: FakeHub) -> None:
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x", "non_lora_trainables.bin": b"y", "optimizer.bin": b"z"}
+    hub.add("owner/lora", files)
+    assert {path.name for path in resolve_model("owner/lora").iterdir()} == set(files) - {"optimizer.bin"}
+    hub.add("owner/whole", {"config.json": b"{}", "model.safetensors": b"x", "non_lora_trainables.bin": b"y"})
+    assert {path.name for path in resolve_model("owner/whole").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_folders_are_called_as_people_call_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert name_of_folder(tmp_path / "models--owner--a-b--c" / "snapshots" / "0f3a") == "owner/a-b--c"
+    assert name_of_folder(tmp_path / "model") == "model"
+    monkeypatch.chdir(tmp_path)
+    assert name_of_folder(Path()) == tmp_path.name
