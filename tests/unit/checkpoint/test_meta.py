@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from llavakit import LLM, Conversation, LlamaForCausalLM, LlamaTokenizer, SamplingParams
+from llavakit import LLM, Conversation, LlamaForCausalLM, LlamaTokenizer, LlamaTokenizerFast, SamplingParams
 from llavakit.checkpoint import convert as converting
+from llavakit.checkpoint.load import load_config
 from llavakit.checkpoint.meta import MetaFolder
 from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError, StorageError
 from llavakit.storage.folder import manifest_problems
 from llavakit.storage.tensors import TensorFolder
 from tests.meta_files import MetaLlama
-from tests.tiny import NUM_PIECES
+from tests.tiny import NUM_PIECES, llama3_tokenizer_folder
 
 IDS = torch.tensor([1, 17, 300, 2, 45, 45, 8, 211])
 MODELS = {
@@ -61,6 +62,17 @@ def test_metas_files_are_asked_as_they_are(tmp_path: Path) -> None:
     assert llm.chat(Conversation.ask("a red"), SamplingParams(max_tokens=3)).usage.completion_tokens == 3
     with pytest.raises(CheckpointError, match="allow_pickle"):
         LLM.load(folder)
+
+
+def test_llama_3s_list_for_tiktoken_needs_tokenizer_json(tmp_path: Path) -> None:
+    folder = MetaLlama(num_files=2, is_cut_by_rows=True).save(tmp_path / "meta", with_tokenizer=False)
+    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(CheckpointError, match=r"the model's tokenizer\.json has to lie beside it"):
+        convert(folder, tmp_path / "hf")
+    words = LlamaTokenizerFast.from_pretrained(llama3_tokenizer_folder(folder))
+    read = LlamaTokenizerFast.from_pretrained(convert(folder, tmp_path / "hf"))
+    assert read.encode("a red <|eot_id|>") == words.encode("a red <|eot_id|>")
+    assert load_config(tmp_path / "hf").get_text_config().eos_token_id == words.eos_token_id
 
 
 def test_tensors_keep_their_bits(tmp_path: Path) -> None:
