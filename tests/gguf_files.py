@@ -80,7 +80,7 @@ def write_text(
     num_splits: int = 1,
     values: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a language model; weights have our names without LLaVA's prefix. values are added to the metadata, or replace it."""
+    """Write a language model; weights have our names without LLaVA's prefix. values replace metadata, or add to it; None takes out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "llama", split_max_tensors=0 if num_splits == 1 else -(-len(weights) // num_splits))
     writer.add_context_length(config.max_position_embeddings)
@@ -97,7 +97,10 @@ def write_text(
         _add_tokens(writer, tiny_tokenizer() if tokenizer is None else tokenizer, config.vocab_size)
     for key, value in (values or {}).items():
         add: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        add.get(type(value), writer.add_array)(key, value)
+        if value is None:
+            del writer.kv_data[0][key]
+        else:
+            add.get(type(value), writer.add_array)(key, value)
     for name, weight in weights.items():
         array = weight.detach().float().numpy()
         if ".q_proj." in name or ".k_proj." in name:

@@ -10,6 +10,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import AddedToken
 from torch import Tensor
 
 from llavakit import LLM, Conversation, LlamaForCausalLM, LlamaModel, LlavaLlamaForCausalLM, SamplingParams
@@ -18,11 +19,14 @@ from llavakit.checkpoint.load import load_config, load_processor
 from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError
 from llavakit.model.llava_config import LlavaConfig
+from llavakit.processing.tokenizer.added_tokens import special_token
 from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
+from llavakit.processing.tokenizer.sentence_pieces import Piece, SentencePieces
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from tests.gguf_files import IDS, PICTURE, logits_of, save_hf, split_weights, write_both, write_text, write_tower
 from tests.real_data import llama2_tokenizer
 from tests.tiny import (
+    NUM_PIECES,
     VARIANTS,
     VOCAB,
     Variant,
@@ -198,6 +202,26 @@ def test_an_end_that_was_added_later_holds_its_role(tmp_path: Path) -> None:
     assert read("hello<|im_end|>")["input_ids"] == tokenizer("hello<|im_end|>")["input_ids"]
 
 
+def test_tokens_among_the_pieces_are_cut_out_of_texts(tmp_path: Path) -> None:
+    tokens = [tiny_tokenizer().convert_ids_to_tokens(index) for index in range(NUM_PIECES)]
+    types = [2, 3, 3, *[6] * 256, *[1] * (NUM_PIECES - 259)]
+    tokens[300:302], types[300:302] = ["<|im_start|>", "<tool>"], [3, 4]
+    pieces = SentencePieces(tuple(Piece(text, -float(index), kind) for index, (text, kind) in enumerate(zip(tokens, types, strict=True))))
+    tool = AddedToken("<tool>", normalized=False, special=False)
+    tokenizer = LlamaTokenizer(pieces.to_model((0, 1, 2)), added_tokens={300: special_token("<|im_start|>"), 301: tool})
+    values = {
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": [-float(index) for index in range(NUM_PIECES)],
+    }  # fmt: skip
+    plain = LlamaTokenizer(tiny_tokenizer().model_file)
+    read = gguf_tokenizer(write_text(tmp_path / "x.gguf", llama_config(), {}, tokenizer=plain, values=values))
+    assert read.added_tokens_decoder == tokenizer.added_tokens_decoder
+    text = "hello<|im_start|>there <tool> x"
+    assert read(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert {300, 301} <= set(read(text)["input_ids"])
+    assert not {300, 301} & set(read.encode_text(text))
+
+
 BYTE_LEVEL = {"llama-bpe": llama3_tokenizer_folder, "qwen2": qwen_tokenizer_folder}
 
 
@@ -211,6 +235,22 @@ def test_byte_level_tokenizers_give_the_originals_ids(tmp_path: Path, kind: str)
     assert [read.encode_text(text) for text in TEXTS] == [tokenizer.encode_text(text) for text in TEXTS]
     assert (read.bos_token_id, read.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert read.added_tokens_decoder == tokenizer.added_tokens_decoder
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "llama3", "llama-v3", "qwen2"])
+def test_bos_is_that_of_llama_cpp_where_a_file_does_not_say(tmp_path: Path, name: str) -> None:
+    tokenizer = LlamaTokenizerFast.from_pretrained(BYTE_LEVEL["qwen2" if name == "qwen2" else "llama-bpe"](tmp_path / "words"))
+    bos = tokenizer.find_token("<|endoftext|>" if name == "qwen2" else "<|begin_of_text|>")
+    values = {"tokenizer.ggml.pre": name, "tokenizer.ggml.bos_token_id": bos, "tokenizer.ggml.add_bos_token": None}
+    read = gguf_tokenizer(write_text(tmp_path / "x.gguf", llama_config(), {}, tokenizer=tokenizer, values=values))
+    assert [read(text)["input_ids"] for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+def test_a_file_may_do_without_bos(tmp_path: Path) -> None:
+    tokenizer = LlamaTokenizerFast.from_pretrained(llama3_tokenizer_folder(tmp_path / "words"))
+    values = {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}
+    read = gguf_tokenizer(write_text(tmp_path / "x.gguf", llama_config(), {}, tokenizer=tokenizer, values=values))
+    assert read("hello")["input_ids"] == tokenizer("hello")["input_ids"][1:]
 
 
 @pytest.mark.parametrize(
