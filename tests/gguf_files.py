@@ -218,6 +218,8 @@ def _tower_name(name: str, *, is_legacy: bool, num_layers: int) -> str | None:
     name = name.removeprefix("vision_tower.vision_model.")
     if name.startswith("embeddings."):
         return _EMBEDDINGS.get(name.removeprefix("embeddings."), "v.position_embd.weight")
+    if name.startswith("head."):
+        return f"v.{name}"
     if name.startswith("pre_layrnorm."):
         return name.replace("pre_layrnorm", "v.pre_ln")
     if name.startswith("post_layernorm."):

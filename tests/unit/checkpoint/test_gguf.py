@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llavakit import LLM, Conversation, LlamaForCausalLM, LlamaModel, LlavaLlamaForCausalLM, SamplingParams
 from llavakit.checkpoint.gguf_settings import gguf_tokenizer
-from llavakit.checkpoint.load import load_config, load_processor
-from llavakit.checkpoint.parts import Sources
+from llavakit.checkpoint.load import build_core, load_config, load_processor
+from llavakit.checkpoint.parts import Sources, open_parts
 from llavakit.errors import CheckpointError
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.tokenizer.added_tokens import special_token
@@ -280,6 +280,7 @@ def broken(folder: Path, model: LlavaLlamaForCausalLM, **values: Any) -> Path:
     return folder
 
 
+EMBEDDING = torch.zeros(VOCAB, 64)
 TOKENS = [f"t{index}" for index in range(384)]
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": ({"general.architecture": "falcon"}, "architecture 'falcon'; llama and qwen2"),
@@ -318,12 +319,31 @@ def test_metadata_that_lies_is_one_error(tmp_path: Path, model: LlavaLlamaForCau
         LLM.load(folder)
 
 
+def test_layers_that_only_the_file_has_are_listed(tmp_path: Path) -> None:
+    names = (f"model.layers.{index}.input_layernorm.weight" for index in range(400))
+    path = write_text(tmp_path / "x.gguf", llama_config(), dict.fromkeys(names, torch.ones(1)) | {"model.embed_tokens.weight": EMBEDDING})
+    with pytest.raises(CheckpointError, match=r"unexpected blk\.2\.attn_norm.* and \d+ more"):
+        LlamaForCausalLM.from_pretrained(path)
+    core = build_core(load_config(path))
+    with open_parts(path, core) as parts:
+        assert len(parts[0].layout.renames) < 30
+
+
 def tower_with(folder: Path, model: LlavaLlamaForCausalLM, change: Callable[[dict[str, Tensor]], None]) -> Path:
     text, tower = split_weights(model)
     change(tower)
     write_text(folder / "a.gguf", model.config.text_config, text)
     write_tower(folder / "b.gguf", model.config, tower)
     return folder
+
+
+def with_head(tower: dict[str, Tensor]) -> None:
+    tower["vision_tower.vision_model.head.probe"] = torch.ones(1, 1, 32)
+
+
+def test_a_pooling_head_is_left_out(tmp_path: Path, model: LlavaLlamaForCausalLM) -> None:
+    loaded = LlavaLlamaForCausalLM.from_pretrained(tower_with(tmp_path, model, with_head))
+    assert torch.equal(logits_of(loaded), logits_of(model))
 
 
 def without_norm(tower: dict[str, Tensor]) -> None:
