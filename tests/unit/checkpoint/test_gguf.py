@@ -1,6 +1,7 @@
 """GGUF in: the library's numbers, the original's logits and ids, every fault by name."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ from tests.tiny import (
     llama3_tokenizer_folder,
     llama_config,
     llava,
+    llava_config,
     qwen_tokenizer_folder,
     scale_weights,
     tiny_tokenizer,
@@ -105,6 +107,19 @@ def test_pictures_of_any_size_are_known_by_their_keys(tmp_path: Path, is_legacy:
     assert model.image_newline is not None
     assert torch.equal(loaded.image_newline, model.image_newline)
     assert LLM.load(folder).chat(Conversation.ask("what is there?", PICTURE), SamplingParams(max_tokens=3)).ids
+
+
+@pytest.mark.parametrize("stem", ["mm.0", "mm"])
+def test_projectors_of_one_layer_have_a_number_or_none(tmp_path: Path, stem: str) -> None:
+    config = LlavaConfig.from_dict({**llava_config().to_dict(), "mm_projector_type": "linear"})
+    model = scale_weights(LlavaLlamaForCausalLM(config)).eval()
+    text, tower = split_weights(model)
+    named = {name.replace("multi_modal_projector.linear_1", stem): weight for name, weight in tower.items()}
+    write_text(tmp_path / "a.gguf", config.text_config, text)
+    write_tower(tmp_path / "b.gguf", config, named)
+    loaded = LlavaLlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.mm_projector_type == "linear"
+    assert torch.equal(logits_of(loaded), logits_of(model))
 
 
 def test_splits_are_one_model(tmp_path: Path, model: LlavaLlamaForCausalLM) -> None:
@@ -327,6 +342,29 @@ def test_layers_that_only_the_file_has_are_listed(tmp_path: Path) -> None:
     core = build_core(load_config(path))
     with open_parts(path, core) as parts:
         assert len(parts[0].layout.renames) < 30
+
+
+TOWER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "half a pinpoint": ({"clip.vision.image_grid_pinpoints": [56, 28, 28]}, r"image_grid_pinpoints=\[56, 28, 28\]; expected pairs"),
+    "tiles of no size": ({"clip.vision.image_aspect_ratio": "anyres"}, "image_aspect_ratio=anyres, but no image_grid_pinpoints"),
+    "no mean": ({"clip.vision.image_mean": None}, r"states clip\.vision\.image_mean=\[\]"),
+}
+
+
+@pytest.mark.parametrize("fault", TOWER_FAULTS)
+def test_what_a_tower_lies_about_names_its_file(tmp_path: Path, model: LlavaLlamaForCausalLM, fault: str) -> None:
+    values, message = TOWER_FAULTS[fault]
+    folder = write_both(tmp_path, model, values=values)
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(folder / 'second.gguf'))} .*{message}"):
+        load_processor(folder, load_config(folder))
+
+
+def test_a_processor_that_cuts_pictures_for_a_model_that_takes_none_is_refused(tmp_path: Path, model: LlavaLlamaForCausalLM) -> None:
+    folder = write_both(tmp_path, model)
+    config = load_config(folder)
+    config.image_aspect_ratio = "anyres"
+    with pytest.raises(CheckpointError, match="only one cuts pictures into tiles"):
+        load_processor(folder, config)
 
 
 def tower_with(folder: Path, model: LlavaLlamaForCausalLM, change: Callable[[dict[str, Tensor]], None]) -> Path:
