@@ -39,6 +39,7 @@ from llavakit.storage.gguf_file import GgufFile
 __all__ = ["OUR_TEMPLATE", "gguf_processor", "gguf_tokenizer", "read_gguf_config"]
 
 OUR_TEMPLATE = "llavakit.template"
+_RATIOS = ("pad", "square")  # of pictures that are one tile
 _FLOAT32_STEP = 2.0**-24  # of numbers below 1
 
 
@@ -148,8 +149,9 @@ def _llava_config(tower: GgufFile, text: LlamaConfig, tokens: list[str]) -> Llav
     has_newline = "v.image_newline" in tower.specs or "model.image_newline" in tower.specs
     if not pinpoints and not has_newline:
         ratio = tower.value("clip.vision.image_aspect_ratio", str)
-        if ratio == "anyres":
-            raise CheckpointError(f"{tower.path} states clip.vision.image_aspect_ratio=anyres, but no image_grid_pinpoints to cut by")
+        if ratio not in (None, *_RATIOS):
+            hint = f"{' and '.join(_RATIOS)} are read, anyres with image_grid_pinpoints"
+            raise CheckpointError(f"{tower.path} states clip.vision.image_aspect_ratio={ratio}; {hint}")
         return LlavaConfig.from_dict({**values, "image_aspect_ratio": "pad" if ratio is None else ratio})
     merge = tower.value("clip.vision.mm_patch_merge_type", str)
     sizes = [list(pair) for pair in zip(pinpoints[1::2], pinpoints[::2], strict=True)]

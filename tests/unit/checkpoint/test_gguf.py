@@ -346,7 +346,8 @@ def test_layers_that_only_the_file_has_are_listed(tmp_path: Path) -> None:
 
 TOWER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "half a pinpoint": ({"clip.vision.image_grid_pinpoints": [56, 28, 28]}, r"image_grid_pinpoints=\[56, 28, 28\]; expected pairs"),
-    "tiles of no size": ({"clip.vision.image_aspect_ratio": "anyres"}, "image_aspect_ratio=anyres, but no image_grid_pinpoints"),
+    "tiles of no size": ({"clip.vision.image_aspect_ratio": "anyres"}, "image_aspect_ratio=anyres; .*with image_grid_pinpoints"),
+    "another shape": ({"clip.vision.image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio=anyres_max_9; pad and square are read"),
     "no mean": ({"clip.vision.image_mean": None}, r"states clip\.vision\.image_mean=\[\]"),
 }
 
