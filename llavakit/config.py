@@ -55,9 +55,13 @@ def number(low: float | None = None, high: float | None = None) -> Check:
     def check(name: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{name} must be a number, got {value!r}")
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+        try:
+            converted = float(value)
+        except OverflowError:
+            converted = math.inf
+        if not math.isfinite(converted) or (low is not None and converted < low) or (high is not None and converted > high):
             raise ConfigError(f"{name} must be finite and {_range(low, high)}, got {value}")
-        return float(value)
+        return converted
 
     return check
 

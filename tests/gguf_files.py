@@ -80,7 +80,7 @@ def write_text(
     num_splits: int = 1,
     values: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a language model; weights have our names without LLaVA's prefix. values are added to the metadata, or replace it."""
+    """Write a language model; weights have our names without LLaVA's prefix. values replace metadata, or add to it; None takes out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "llama", split_max_tensors=0 if num_splits == 1 else -(-len(weights) // num_splits))
     writer.add_context_length(config.max_position_embeddings)
@@ -95,9 +95,7 @@ def write_text(
         _add_byte_level(writer, tokenizer, config.vocab_size)
     else:
         _add_tokens(writer, tiny_tokenizer() if tokenizer is None else tokenizer, config.vocab_size)
-    for key, value in (values or {}).items():
-        add: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        add.get(type(value), writer.add_array)(key, value)
+    _change(writer, values or {})
     for name, weight in weights.items():
         array = weight.detach().float().numpy()
         if ".q_proj." in name or ".k_proj." in name:
@@ -116,8 +114,9 @@ def write_tower(
     *,
     is_legacy: bool = True,
     has_last_layer: bool = False,
+    values: dict[str, Any] | None = None,
 ) -> Path:
-    """Write tower and projector as llama.cpp's first converter did, or with its later names and keys."""
+    """Write tower and projector as llama.cpp's first converter did, or with its later names and keys; values as in write_text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     vision, depth = config.vision_config, max(config.feature_depths)
     num_layers = vision.num_hidden_layers if has_last_layer else depth
@@ -144,6 +143,7 @@ def write_tower(
             "clip.vision.image_grid_pinpoints", [side for height, width in config.image_grid_pinpoints for side in (width, height)]
         )
         writer.add_string("clip.vision.mm_patch_merge_type", "spatial_unpad")
+    _change(writer, values or {})
     for name, weight in weights.items():
         shown = _tower_name(name, is_legacy=is_legacy, num_layers=num_layers)
         if shown is not None:
@@ -151,6 +151,15 @@ def write_tower(
             _add(writer, shown, array, kind if array.ndim > 1 else gguf.GGMLQuantizationType.F32)
     _finish(writer)
     return path
+
+
+def _change(writer: gguf.GGUFWriter, values: dict[str, Any]) -> None:
+    add: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in values.items():
+        if value is None:
+            del writer.kv_data[0][key]
+        else:
+            add.get(type(value), writer.add_array)(key, value)
 
 
 def _add_tokens(writer: gguf.GGUFWriter, tokenizer: LlamaTokenizer, num_rows: int) -> None:
@@ -210,11 +219,15 @@ def _text_name(name: str) -> str:
 def _tower_name(name: str, *, is_legacy: bool, num_layers: int) -> str | None:
     if name == "image_newline":
         return "model.image_newline" if is_legacy else "v.image_newline"
+    if name.startswith("mm."):
+        return name
     if name.startswith("multi_modal_projector."):
         return name.replace("multi_modal_projector.linear_1", "mm.0").replace("multi_modal_projector.linear_2", "mm.2")
     name = name.removeprefix("vision_tower.vision_model.")
     if name.startswith("embeddings."):
         return _EMBEDDINGS.get(name.removeprefix("embeddings."), "v.position_embd.weight")
+    if name.startswith("head."):
+        return f"v.{name}"
     if name.startswith("pre_layrnorm."):
         return name.replace("pre_layrnorm", "v.pre_ln")
     if name.startswith("post_layernorm."):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from llavakit.checkpoint.layouts import gguf_layout, gguf_tower_layout
 from llavakit.checkpoint.rotary_order import to_halves
 from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError
+from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.storage.gguf_file import GgufFile
 from llavakit.storage.hub import check_inside
@@ -72,13 +73,11 @@ class GgufModel:
         return {name: spec for file in self.texts for name, spec in file.specs.items()}
 
     def parts(self, model: nn.Module) -> list[tuple[TensorSource, Layout]]:
-        """Return what a model is filled from, and what the names there mean."""
-        prefix, head = _our_names(model)
-        text = gguf_layout(_num_layers(self.text_specs, "blk."), prefix, head)
-        parts: list[tuple[TensorSource, Layout]] = [(_Text(self), text)]
+        """Return what a model is filled from, and what the names there mean: those of the model's layers, however many the files name."""
+        parts: list[tuple[TensorSource, Layout]] = [(_Text(self), _text_layout(model))]
         if self.tower is not None and isinstance(model, LlavaCore):
-            layout = gguf_tower_layout(num_tower_layers(self.tower), model.config.projector_depth, is_swapped=_is_swapped(self.tower))
-            parts.append((_Tower(self.tower), layout))
+            num_layers, depth = model.config.vision_config.num_hidden_layers, model.config.projector_depth
+            parts.append((_Tower(self.tower), gguf_tower_layout(num_layers, depth, is_swapped=_is_swapped(self.tower))))
         return parts
 
 
@@ -107,13 +106,8 @@ def open_gguf(path: Path, tower: Path | None = None) -> Iterator[GgufModel]:
 
 
 def num_tower_layers(tower: GgufFile) -> int:
-    """Count the layers that a tower's file has."""
-    return _num_layers(tower.specs, "v.blk.")
-
-
-def _num_layers(names: Iterable[str], prefix: str) -> int:
-    """Count by names: what metadata states may be anything."""
-    return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
+    """Count the layers that a tower's file has, by names: what metadata states may be anything."""
+    return len({name.removeprefix("v.blk.").partition(".")[0] for name in tower.specs if name.startswith("v.blk.")})
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -163,14 +157,15 @@ def _is_swapped(tower: GgufFile) -> bool:
     return spec is not None and spec.shape[-1] == tower.value("clip.vision.embedding_length", int)
 
 
-def _our_names(model: nn.Module) -> tuple[str, str | None]:
-    """Return what the names of a model's decoder, and of its head, begin with."""
+def _text_layout(model: nn.Module) -> Layout:
     match model:
         case LlavaCore():
-            return "language_model.model.", "language_model.lm_head."
+            return gguf_layout(model.text_config.num_hidden_layers, "language_model.model.", "language_model.lm_head.")
         case LlamaCore():
-            return "model.", "lm_head."
-    return "", None
+            return gguf_layout(model.text_config.num_hidden_layers, "model.", "lm_head.")
+        case LlamaDecoder():
+            return gguf_layout(len(model.layers), "", None)
+    raise TypeError(f"no names in GGUF files are known for {type(model).__name__}")
 
 
 class _Text:

@@ -39,6 +39,7 @@ from llavakit.storage.gguf_file import GgufFile
 __all__ = ["OUR_TEMPLATE", "gguf_processor", "gguf_tokenizer", "read_gguf_config"]
 
 OUR_TEMPLATE = "llavakit.template"
+_RATIOS = ("pad", "square")  # of pictures that are one tile
 _FLOAT32_STEP = 2.0**-24  # of numbers below 1
 
 
@@ -56,14 +57,16 @@ def gguf_processor(
     path: Path, config: LlamaConfig | LlavaConfig, template: ChatTemplate | None, tower: Path | None = None
 ) -> LlavaProcessor | TextProcessor:
     """Build the processor, and give a LlavaConfig the id of its <image> token. Raises: CheckpointError."""
-    with open_gguf(path, tower) as model, _small_files(model, config) as folder:
+    with open_gguf(path, tower) as model:
         if not isinstance(config, LlavaConfig):
-            return TextProcessor.from_pretrained(folder, template=template)
-        processor = original_processor(folder, config, template, tokenizer=folder)
+            with _small_files(model, config) as folder:
+                return TextProcessor.from_pretrained(folder, template=template)
         assert model.tower is not None, "config.json says that there are pictures"
         usual = ImageProcessor()
         mean = _triple(model.tower, "clip.vision.image_mean", usual.mean)
         std = _triple(model.tower, "clip.vision.image_std", usual.std)
+        with _small_files(model, config) as folder:
+            processor = original_processor(folder, config, template, tokenizer=folder)
         return replace(processor, image_processor=replace(processor.image_processor, mean=mean, std=std))
 
 
@@ -131,7 +134,7 @@ def _llava_config(tower: GgufFile, text: LlamaConfig, tokens: list[str]) -> Llav
     if (stated := tower.stated("clip.vision.block_count", int)) != num_layers:
         raise CheckpointError(f"{tower.path} has {num_layers} layers of a tower, and states {stated}")
     depths = _feature_depths(tower, num_layers)
-    projector = {name.split(".")[1] for name in tower.specs if name.startswith("mm.")}
+    projector = {part for name in tower.specs if name.startswith("mm.") and (part := name.split(".")[1]).isdecimal()}
     image = tokens.index(IMAGE_TOKEN) if IMAGE_TOKEN in tokens else None
     layers = [depth - num_layers - 1 for depth in depths]
     is_clip = "v.class_embd" in tower.specs
@@ -147,12 +150,17 @@ def _llava_config(tower: GgufFile, text: LlamaConfig, tokens: list[str]) -> Llav
     }
     text.pad_token_id = None  # LLaVA's comes first
     pinpoints = tower.integers("clip.vision.image_grid_pinpoints")
+    if len(pinpoints) % 2:
+        raise CheckpointError(f"{tower.path} states clip.vision.image_grid_pinpoints={pinpoints[:8]}; expected pairs of width and height")
     has_newline = "v.image_newline" in tower.specs or "model.image_newline" in tower.specs
     if not pinpoints and not has_newline:
         ratio = tower.value("clip.vision.image_aspect_ratio", str)
+        if ratio not in (None, *_RATIOS):
+            hint = f"{' and '.join(_RATIOS)} are read, anyres with image_grid_pinpoints"
+            raise CheckpointError(f"{tower.path} states clip.vision.image_aspect_ratio={ratio}; {hint}")
         return LlavaConfig.from_dict({**values, "image_aspect_ratio": "pad" if ratio is None else ratio})
     merge = tower.value("clip.vision.mm_patch_merge_type", str)
-    sizes = [list(pair) for pair in zip(pinpoints[1::2], pinpoints[::2], strict=False)]
+    sizes = [list(pair) for pair in zip(pinpoints[1::2], pinpoints[::2], strict=True)]
     return LlavaNextConfig.from_dict({
         **values,
         "image_grid_pinpoints": sizes or [list(pair) for pair in DEFAULT_PINPOINTS],

@@ -6,7 +6,7 @@ Invariant: every row of the embedding has an entry; rows without a token are cal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tokenizers import AddedToken
@@ -88,21 +88,23 @@ def _sentencepiece_files(
         **({} if roles["unk_token"] is not None else {"unk_token": texts[ids[0]]}),
         "add_bos_token": file.value("tokenizer.ggml.add_bos_token", bool) is not False,
         "add_eos_token": file.value("tokenizer.ggml.add_eos_token", bool) is True,
-        "added_tokens_decoder": {str(index): entry_of_token(token) for index, token in _added(texts, types, num_pieces).items()},
+        "added_tokens_decoder": {str(index): entry_of_token(token) for index, token in _added(texts, types, ids).items()},
     }
     return {MODEL_NAME: SentencePieces(pieces, has_dummy_space).to_model(ids), "tokenizer_config.json": json_bytes(values)}
 
 
 def _byte_level_files(file: GgufFile, texts: list[str], types: list[int], settings: Mapping[str, Any]) -> dict[str, bytes]:
-    kind = file.value("tokenizer.ggml.pre", str)
-    if kind is None or not ByteLevelPieces.is_known(kind):
-        raise CheckpointError(f"{file.path} cuts text into words in the way {kind!r} (tokenizer.ggml.pre), which is not read")
+    name = file.value("tokenizer.ggml.pre", str)
+    kind = ByteLevelPieces.kind_of(name)
+    if kind is None:
+        raise CheckpointError(f"{file.path} cuts text into words in the way {name!r} (tokenizer.ggml.pre), which is not read")
     num_own = 1 + _last_own(types)
     vocab = {text: index for index, text in enumerate(texts[:num_own])}
     if len(vocab) < num_own:
         raise CheckpointError(f"{file.path} has the same token twice")
-    pieces = ByteLevelPieces(kind, vocab, tuple(file.texts("tokenizer.ggml.merges")), _added(texts, types, 0))
-    bos = settings["bos_token"] if file.value("tokenizer.ggml.add_bos_token", bool) is True else None
+    pieces = ByteLevelPieces(kind, vocab, tuple(file.texts("tokenizer.ggml.merges")), _added(texts, types))
+    stated = file.value("tokenizer.ggml.add_bos_token", bool)
+    bos = settings["bos_token"] if stated or (stated is None and pieces.has_bos) else None
     values = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
     return {JSON_NAME: pieces.to_json(bos).encode(), "tokenizer_config.json": json_bytes(values)}
 
@@ -120,12 +122,12 @@ def _last_own(types: list[int]) -> int:
     return max((index for index, kind in enumerate(types) if kind in _OWN), default=0)
 
 
-def _added(texts: list[str], types: list[int], first: int) -> dict[int, AddedToken]:
-    """Return the added tokens from an id on: what is neither the model's own nor unused."""
+def _added(texts: list[str], types: list[int], roles: Collection[int] = ()) -> dict[int, AddedToken]:
+    """Return the added tokens: what is neither the model's own, roles included, nor unused."""
     return {
         index: AddedToken(texts[index], normalized=False, special=types[index] == PieceType.CONTROL or texts[index] == IMAGE_TOKEN)
-        for index in range(first, len(texts))
-        if types[index] not in (*_OWN, PieceType.UNUSED)
+        for index in range(len(texts))
+        if types[index] not in (*_OWN, PieceType.UNUSED) and index not in roles
     }
 
 
@@ -133,7 +135,9 @@ def token_values(words: LlamaTokenizer | LlamaTokenizerFast, num_rows: int) -> d
     """Describe a tokenizer, with an entry for each row. Raises: ConfigError for one that GGUF files cannot hold."""
     entries, values = _sentencepiece_entries(words) if isinstance(words, LlamaTokenizer) else _byte_level_entries(words)
     for index, token in words.added_tokens_decoder.items():
-        entries.setdefault(index, (token.content, _ADDED_SCORE, PieceType.CONTROL if token.special else PieceType.USER_DEFINED))
+        text, score, kind = entries.get(index, (token.content, _ADDED_SCORE, PieceType.NORMAL))
+        if kind != PieceType.UNKNOWN:
+            entries[index] = text, score, PieceType.CONTROL if token.special else PieceType.USER_DEFINED
     rows = [entries.get(index, (f"[PAD{index}]", _PAD_SCORE, PieceType.UNUSED)) for index in range(num_rows)]
     held = {name: words.role(role) for role, name in _ROLES.items()}
     ids = {name: words.find_token(text) for name, text in held.items() if text is not None}

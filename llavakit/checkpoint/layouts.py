@@ -120,7 +120,6 @@ _GGUF_TOWER_LAYER: Mapping[str, str] = {
 }  # fmt: skip
 
 
-@functools.cache
 def gguf_layout(num_layers: int, prefix: str, head: str | None) -> Layout:
     """Return the names of a language model in a GGUF file; prefix and head are ours of the decoder and of its head.
 
@@ -143,7 +142,6 @@ def gguf_layout(num_layers: int, prefix: str, head: str | None) -> Layout:
     )
 
 
-@functools.cache
 def gguf_tower_layout(num_layers: int, projector_depth: int, *, is_swapped: bool) -> Layout:
     """Return the names of tower and projector in a GGUF file.
 
@@ -169,4 +167,5 @@ def gguf_tower_layout(num_layers: int, projector_depth: int, *, is_swapped: bool
             Rename("v.image_newline", "image_newline"),
             Rename("model.image_newline", "image_newline"),
         ),
+        drops=(Drop(r"v\.head\..+", "SigLIP's pooling head, which LLaVA does not use"),),
     )

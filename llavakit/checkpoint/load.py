@@ -125,10 +125,17 @@ def load_processor(
         return original_processor(folder, config, template, tokenizer=_processor_folder(folder, sources))
     folder = _processor_folder(folder, sources, has_pictures=isinstance(config, LlavaConfig))
     if is_gguf(folder):
-        return gguf_processor(folder, config, template, sources.gguf_tower())
-    if not isinstance(config, LlavaConfig):
-        return TextProcessor.from_pretrained(folder, template=template)
-    processor, vision = LlavaProcessor.from_pretrained(folder, template=template), config.vision_config
+        processor = gguf_processor(folder, config, template, sources.gguf_tower())
+    else:
+        processor = (LlavaProcessor if isinstance(config, LlavaConfig) else TextProcessor).from_pretrained(folder, template=template)
+    if isinstance(config, LlavaConfig) and isinstance(processor, LlavaProcessor):
+        _check_pictures(folder, config, processor)
+    return processor
+
+
+def _check_pictures(folder: Path, config: LlavaConfig, processor: LlavaProcessor) -> None:
+    """Check that a processor makes the pictures that a model takes. Raises: CheckpointError."""
+    vision = config.vision_config
     for name, made, taken in (
         ("pictures of {} pixels", processor.image_processor.crop_px, vision.image_size),
         ("patches of {} pixels", processor.patch_size, vision.patch_size),
@@ -139,7 +146,6 @@ def load_processor(
             raise CheckpointError(f"{folder}: the processor's files make {name.format(made)}, config.json takes {name.format(taken)}")
     if (processor.image_processor.aspect == "anyres") != (config.merge is not None):
         raise CheckpointError(f"{folder}: of the processor's files and config.json ({config.model_type}) only one cuts pictures into tiles")
-    return processor
 
 
 def load_words(folder: Path, sources: Sources) -> LlamaTokenizer | LlamaTokenizerFast:

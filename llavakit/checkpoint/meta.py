@@ -8,6 +8,7 @@ Source: llama/model.py and llama/generation.py of Meta's repositories (names, pa
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,12 +35,10 @@ PARAMS_NAME = "params.json"
 _FILES = "consolidated.*.pth"
 _KNOWN = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps", "rope_theta",
-    "use_scaled_rope", "max_seq_len", "max_batch_size",
+    "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_seq_len", "max_batch_size",
 }  # fmt: skip
 _LLAMA_1_EPS = 1e-6
-_LLAMA_3_SCALING = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-}  # fmt: skip
+_LLAMA_3_2_WIDTHS = (2048, 3072)  # 1B and 3B
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +95,15 @@ class MetaFolder:
         self._params = read_json(folder / PARAMS_NAME)
         if strange := sorted(set(self._params) - _KNOWN):
             _LOG.warning("params.json states %s, which plain Llama models do not; it is left out", ", ".join(strange))
-        try:
+        with contextlib.ExitStack() as opened:
+            opened.callback(self.close)
             for path in _paths(folder):
                 check_inside(path, folder)
                 self._files.append(PickleFile(path))
             self._sources = _match(self._files)
             self.specs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in self._sources}
             self.config = self._read_config()
-        except CheckpointError:
-            self.close()
-            raise
+            opened.pop_all()
 
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype. Raises: CheckpointError where files disagree about what they all hold."""
@@ -166,11 +164,11 @@ class MetaFolder:
                 num_attention_heads=_stated(params, "n_heads"),
                 num_key_value_heads=params.get("n_kv_heads"),
                 rms_norm_eps=_stated(params, "norm_eps"),
-                rope_theta=float(params.get("rope_theta", 10000.0)),
-                rope_scaling=_LLAMA_3_SCALING if params.get("use_scaled_rope") else None,
+                rope_theta=params.get("rope_theta", 10000.0),
+                rope_scaling=_scaling(params) if params.get("use_scaled_rope") else None,
                 max_position_embeddings=_context(params),
             )
-        except (ConfigError, TypeError, ValueError) as error:
+        except ConfigError as error:
             raise CheckpointError(f"{PARAMS_NAME} does not describe these files: {error}") from error
         stated = params.get("vocab_size", -1)
         if stated not in (-1, config.vocab_size):
@@ -212,14 +210,26 @@ def _match(files: list[PickleFile]) -> dict[str, _Source]:
 
 
 def _others(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
-    """Return the lengths along which files must agree."""
-    return tuple(length for place, length in enumerate(shape) if place != dim)
+    """Return the number of dimensions, and the lengths along which files must agree."""
+    return len(shape), *(length for place, length in enumerate(shape) if place != dim)
 
 
 def _stated(params: Mapping[str, Any], name: str) -> Any:
     if name not in params:
         raise ConfigError(f"{name} is missing")
     return params[name]
+
+
+def _scaling(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary scaling of Llama 3.1 and later; most params.json leave its numbers to the release, which its width tells."""
+    usual = 32.0 if _stated(params, "dim") in _LLAMA_3_2_WIDTHS else 8.0
+    return {
+        "rope_type": "llama3",
+        "factor": params.get("rope_scaling_factor", usual),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": params.get("rope_high_freq_factor", 4.0),
+        "original_max_position_embeddings": 8192,
+    }
 
 
 def _context(params: Mapping[str, Any]) -> int:

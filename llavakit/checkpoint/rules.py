@@ -7,8 +7,8 @@ Invariant: each source tensor is taken or dropped with a reason, each target com
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from llavakit.errors import CheckpointError
 from llavakit.logs import logger
@@ -35,6 +35,24 @@ class Drop:
     reason: str
 
 
+class _Prefixes:
+    """A table of prefixes, in which a look-up costs as much as there are different lengths."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Of pairs with the same prefix the first one counts."""
+        self._table: dict[str, str] = {}
+        for prefix, other in pairs:
+            self._table.setdefault(prefix, other)
+        self._lengths = sorted({len(prefix) for prefix in self._table}, reverse=True)
+
+    def replaced(self, name: str) -> str | None:
+        """Put another prefix in the place of the longest one that fits; None where none does."""
+        for length in self._lengths:
+            if (other := self._table.get(name[:length])) is not None:
+                return other + name[length:]
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The names of one kind of file."""
@@ -42,22 +60,20 @@ class Layout:
     name: str
     renames: tuple[Rename, ...]
     drops: tuple[Drop, ...] = ()
+    _by_source: _Prefixes = field(init=False, repr=False, compare=False)
+    _by_target: _Prefixes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_source", _Prefixes((rename.source, rename.target) for rename in self.renames))
+        object.__setattr__(self, "_by_target", _Prefixes((rename.target, rename.source) for rename in self.renames))
 
     def target(self, name: str) -> str | None:
         """Return our name of a tensor by the longest prefix that fits, or None where none does."""
-        fits = [rename for rename in self.renames if name.startswith(rename.source)]
-        if not fits:
-            return None
-        best = max(fits, key=lambda rename: len(rename.source))
-        return best.target + name.removeprefix(best.source)
+        return self._by_source.replaced(name)
 
     def source(self, target: str) -> str | None:
         """Return the name that a tensor of ours has in such files: of the longest prefixes that fit, the first in the table."""
-        fits = [rename for rename in self.renames if target.startswith(rename.target)]
-        if not fits:
-            return None
-        best = max(fits, key=lambda rename: len(rename.target))
-        return best.source + target.removeprefix(best.target)
+        return self._by_target.replaced(target)
 
     def drop_reason(self, name: str) -> str | None:
         """Return why a tensor is left out, or None where it is not."""

@@ -10,6 +10,7 @@ Source: docs/gguf.md of ggml, gguf.cpp of llama.cpp.
 from __future__ import annotations
 
 import array
+import contextlib
 import math
 import os
 import struct
@@ -67,6 +68,7 @@ class GgufKind:
 _PACKED = (
     ("Q4_0", 2, 32, 18), ("Q4_1", 3, 32, 20), ("Q5_0", 6, 32, 22), ("Q5_1", 7, 32, 24), ("Q8_0", 8, 32, 34),
     ("Q2_K", 10, 256, 84), ("Q3_K", 11, 256, 110), ("Q4_K", 12, 256, 144), ("Q5_K", 13, 256, 176), ("Q6_K", 14, 256, 210),
+    ("IQ4_NL", 20, 32, 18), ("IQ4_XS", 23, 256, 136),
 )  # fmt: skip
 KINDS: Mapping[int, GgufKind] = {
     kind.index: kind
@@ -87,14 +89,13 @@ class GgufFile:
         """Open it and read its header. Raises: CheckpointError naming the file and what is wrong with it."""
         self.path = path
         self._descriptor = open_file(path)
-        try:
+        with contextlib.ExitStack() as opened:
+            opened.callback(self.close)
             header = _Header(path, self._descriptor)
             num_tensors, num_values = header.counts()
             self.metadata: Mapping[str, GgufValue] = header.values(num_values)
             self.kinds, self.specs = header.tensors(num_tensors, self._alignment())
-        except CheckpointError:
-            self.close()
-            raise
+            opened.pop_all()
 
     def value(self, key: str, kind: type[_T]) -> _T | None:
         """Look up a value, None where there is none. Raises: CheckpointError for one of another type."""

@@ -77,6 +77,8 @@ def test_checks_accept_and_refuse(check: Check, good: object, bad: object, told:
 
 def test_numbers_are_stored_as_floats() -> None:
     assert isinstance(number()("x", 1), float)
+    with pytest.raises(ConfigError, match="x must be finite"):
+        number()("x", 10**400)
 
 
 def test_each_assignment_is_checked_and_a_refused_one_changes_nothing() -> None:

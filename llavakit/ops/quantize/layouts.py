@@ -36,7 +36,11 @@ class PackedLayout:
     order: tuple[int, ...]
     """Which of its values a block holds first, second, ..."""
     zero_offset: int = 0
-    """What a stored zero is less than the zero; a zero of 0 stores the highest value, as AutoGPTQ reads it."""
+    """What a stored zero is less than the zero, modulo 2**bits.
+
+    So the highest stored value is a zero of 0, as in AutoGPTQ's qlinear_cuda_old for 2, 4 and 8 bits. Its code for 3 bits, and
+    qlinear_cuda, mask before they add 1 and make 2**bits of it; its own packing of a zero of 0 overwrites the zeros behind it in the word.
+    """
     has_carry: bool = False
     """Whether a zero of 0 also lessens what the next zero of its block stores: GPTQModel takes the offset off whole words."""
     has_group_index: bool = False

@@ -25,6 +25,7 @@ _WORDS: Mapping[str, str] = {
     _LLAMA_3: _CONTRACTIONS + r"\p{N}{1,3}" + _REST,
     _QWEN_2: _CONTRACTIONS + r"\p{N}" + _REST,
 }
+_NAMES: Mapping[str, str] = {_LLAMA_3: _LLAMA_3, "llama3": _LLAMA_3, "llama-v3": _LLAMA_3, _QWEN_2: _QWEN_2}
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
@@ -54,9 +55,14 @@ class ByteLevelPieces:
         return cls(kind, model["vocab"], merges, added)
 
     @staticmethod
-    def is_known(kind: str | None) -> bool:
-        """Whether a name is one of those that are read."""
-        return kind in _WORDS
+    def kind_of(name: str | None) -> str | None:
+        """Return the kind that one of llama.cpp's names means, None where it is not read."""
+        return None if name is None else _NAMES.get(name)
+
+    @property
+    def has_bos(self) -> bool:
+        """Whether llama.cpp puts bos before a text where a file does not say."""
+        return self.kind == _LLAMA_3
 
     def to_json(self, bos: str | None) -> str:
         """Write a tokenizer.json; bos is the token that comes first."""

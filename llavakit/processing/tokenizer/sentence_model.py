@@ -7,6 +7,7 @@ Source: sentencepiece_model.proto (ModelProto: normalizer_spec = 3).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ __all__ = ["MODEL_NAME", "SentenceModel", "read_model", "save_model"]
 MODEL_NAME = "tokenizer.model"
 _MAX_MODEL_BYTES = 64 << 20
 _SPACE = "▁"
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\n")
+"""A line of its files: a byte string in base64, and its rank."""
 _NO_DUMMY_SPACE = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
 
 
@@ -32,6 +35,7 @@ class SentenceModel:
         self.proto, self._options = proto, dict(options)
         self.processor = _load(proto, self._options)
         self.size = int(self.processor.vocab_size())
+        _check_pieces(self.processor, self.size)
         self._plain = self.processor
         self._hidden: frozenset[int] = frozenset()
         self._has_dummy_space = str(self.processor.encode("a", out_type=str)[0]).startswith(_SPACE)
@@ -103,12 +107,27 @@ def _load(proto: bytes, options: Mapping[str, Any]) -> sentencepiece.SentencePie
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=proto, **options)
     except RuntimeError as error:
-        raise CheckpointError("tokenizer.model is not a sentencepiece model; download it again") from error
+        raise CheckpointError(_other_kind(proto)) from error
     except TypeError as error:
         raise ConfigError(f"sp_model_kwargs {dict(options)!r} are not sentencepiece's: {error}") from error
     if not proto or min(model.bos_id(), model.eos_id(), model.unk_id()) < 0:
         raise CheckpointError("tokenizer.model lacks a bos, eos or unk piece; Llama's tokenizers have all three")
     return model
+
+
+def _other_kind(proto: bytes) -> str:
+    """Say what a file is that sentencepiece does not load, and what to do."""
+    if _TIKTOKEN.match(proto):
+        return "tokenizer.model is Llama 3's list for tiktoken, which is not read; the model's tokenizer.json has to lie beside it"
+    return "tokenizer.model is not a sentencepiece model; download it again"
+
+
+def _check_pieces(model: sentencepiece.SentencePieceProcessor, size: int) -> None:
+    """Check that each piece is text, which sentencepiece does not. Raises: CheckpointError."""
+    try:
+        model.id_to_piece(list(range(size)))
+    except UnicodeDecodeError as error:
+        raise CheckpointError("tokenizer.model has a piece that is not UTF-8; download it again") from error
 
 
 def _can_be_text(model: sentencepiece.SentencePieceProcessor, index: int) -> bool:

@@ -1,6 +1,7 @@
 """GGUF in: the library's numbers, the original's logits and ids, every fault by name."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,19 +11,23 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import AddedToken
 from torch import Tensor
 
 from llavakit import LLM, Conversation, LlamaForCausalLM, LlamaModel, LlavaLlamaForCausalLM, SamplingParams
 from llavakit.checkpoint.gguf_settings import gguf_tokenizer
-from llavakit.checkpoint.load import load_config, load_processor
-from llavakit.checkpoint.parts import Sources
+from llavakit.checkpoint.load import build_core, load_config, load_processor
+from llavakit.checkpoint.parts import Sources, open_parts
 from llavakit.errors import CheckpointError
 from llavakit.model.llava_config import LlavaConfig
+from llavakit.processing.tokenizer.added_tokens import special_token
 from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
+from llavakit.processing.tokenizer.sentence_pieces import Piece, SentencePieces
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from tests.gguf_files import IDS, PICTURE, logits_of, save_hf, split_weights, write_both, write_text, write_tower
 from tests.real_data import llama2_tokenizer
 from tests.tiny import (
+    NUM_PIECES,
     VARIANTS,
     VOCAB,
     Variant,
@@ -32,6 +37,7 @@ from tests.tiny import (
     llama3_tokenizer_folder,
     llama_config,
     llava,
+    llava_config,
     qwen_tokenizer_folder,
     scale_weights,
     tiny_tokenizer,
@@ -101,6 +107,19 @@ def test_pictures_of_any_size_are_known_by_their_keys(tmp_path: Path, is_legacy:
     assert model.image_newline is not None
     assert torch.equal(loaded.image_newline, model.image_newline)
     assert LLM.load(folder).chat(Conversation.ask("what is there?", PICTURE), SamplingParams(max_tokens=3)).ids
+
+
+@pytest.mark.parametrize("stem", ["mm.0", "mm"])
+def test_projectors_of_one_layer_have_a_number_or_none(tmp_path: Path, stem: str) -> None:
+    config = LlavaConfig.from_dict({**llava_config().to_dict(), "mm_projector_type": "linear"})
+    model = scale_weights(LlavaLlamaForCausalLM(config)).eval()
+    text, tower = split_weights(model)
+    named = {name.replace("multi_modal_projector.linear_1", stem): weight for name, weight in tower.items()}
+    write_text(tmp_path / "a.gguf", config.text_config, text)
+    write_tower(tmp_path / "b.gguf", config, named)
+    loaded = LlavaLlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.mm_projector_type == "linear"
+    assert torch.equal(logits_of(loaded), logits_of(model))
 
 
 def test_splits_are_one_model(tmp_path: Path, model: LlavaLlamaForCausalLM) -> None:
@@ -198,6 +217,26 @@ def test_an_end_that_was_added_later_holds_its_role(tmp_path: Path) -> None:
     assert read("hello<|im_end|>")["input_ids"] == tokenizer("hello<|im_end|>")["input_ids"]
 
 
+def test_tokens_among_the_pieces_are_cut_out_of_texts(tmp_path: Path) -> None:
+    tokens = [tiny_tokenizer().convert_ids_to_tokens(index) for index in range(NUM_PIECES)]
+    types = [2, 3, 3, *[6] * 256, *[1] * (NUM_PIECES - 259)]
+    tokens[300:302], types[300:302] = ["<|im_start|>", "<tool>"], [3, 4]
+    pieces = SentencePieces(tuple(Piece(text, -float(index), kind) for index, (text, kind) in enumerate(zip(tokens, types, strict=True))))
+    tool = AddedToken("<tool>", normalized=False, special=False)
+    tokenizer = LlamaTokenizer(pieces.to_model((0, 1, 2)), added_tokens={300: special_token("<|im_start|>"), 301: tool})
+    values = {
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": [-float(index) for index in range(NUM_PIECES)],
+    }  # fmt: skip
+    plain = LlamaTokenizer(tiny_tokenizer().model_file)
+    read = gguf_tokenizer(write_text(tmp_path / "x.gguf", llama_config(), {}, tokenizer=plain, values=values))
+    assert read.added_tokens_decoder == tokenizer.added_tokens_decoder
+    text = "hello<|im_start|>there <tool> x"
+    assert read(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert {300, 301} <= set(read(text)["input_ids"])
+    assert not {300, 301} & set(read.encode_text(text))
+
+
 BYTE_LEVEL = {"llama-bpe": llama3_tokenizer_folder, "qwen2": qwen_tokenizer_folder}
 
 
@@ -211,6 +250,22 @@ def test_byte_level_tokenizers_give_the_originals_ids(tmp_path: Path, kind: str)
     assert [read.encode_text(text) for text in TEXTS] == [tokenizer.encode_text(text) for text in TEXTS]
     assert (read.bos_token_id, read.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert read.added_tokens_decoder == tokenizer.added_tokens_decoder
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "llama3", "llama-v3", "qwen2"])
+def test_bos_is_that_of_llama_cpp_where_a_file_does_not_say(tmp_path: Path, name: str) -> None:
+    tokenizer = LlamaTokenizerFast.from_pretrained(BYTE_LEVEL["qwen2" if name == "qwen2" else "llama-bpe"](tmp_path / "words"))
+    bos = tokenizer.find_token("<|endoftext|>" if name == "qwen2" else "<|begin_of_text|>")
+    values = {"tokenizer.ggml.pre": name, "tokenizer.ggml.bos_token_id": bos, "tokenizer.ggml.add_bos_token": None}
+    read = gguf_tokenizer(write_text(tmp_path / "x.gguf", llama_config(), {}, tokenizer=tokenizer, values=values))
+    assert [read(text)["input_ids"] for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+def test_a_file_may_do_without_bos(tmp_path: Path) -> None:
+    tokenizer = LlamaTokenizerFast.from_pretrained(llama3_tokenizer_folder(tmp_path / "words"))
+    values = {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}
+    read = gguf_tokenizer(write_text(tmp_path / "x.gguf", llama_config(), {}, tokenizer=tokenizer, values=values))
+    assert read("hello")["input_ids"] == tokenizer("hello")["input_ids"][1:]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +295,7 @@ def broken(folder: Path, model: LlavaLlamaForCausalLM, **values: Any) -> Path:
     return folder
 
 
+EMBEDDING = torch.zeros(VOCAB, 64)
 TOKENS = [f"t{index}" for index in range(384)]
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": ({"general.architecture": "falcon"}, "architecture 'falcon'; llama and qwen2"),
@@ -278,12 +334,55 @@ def test_metadata_that_lies_is_one_error(tmp_path: Path, model: LlavaLlamaForCau
         LLM.load(folder)
 
 
+def test_layers_that_only_the_file_has_are_listed(tmp_path: Path) -> None:
+    names = (f"model.layers.{index}.input_layernorm.weight" for index in range(400))
+    path = write_text(tmp_path / "x.gguf", llama_config(), dict.fromkeys(names, torch.ones(1)) | {"model.embed_tokens.weight": EMBEDDING})
+    with pytest.raises(CheckpointError, match=r"unexpected blk\.2\.attn_norm.* and \d+ more"):
+        LlamaForCausalLM.from_pretrained(path)
+    core = build_core(load_config(path))
+    with open_parts(path, core) as parts:
+        assert len(parts[0].layout.renames) < 30
+
+
+TOWER_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "half a pinpoint": ({"clip.vision.image_grid_pinpoints": [56, 28, 28]}, r"image_grid_pinpoints=\[56, 28, 28\]; expected pairs"),
+    "tiles of no size": ({"clip.vision.image_aspect_ratio": "anyres"}, "image_aspect_ratio=anyres; .*with image_grid_pinpoints"),
+    "another shape": ({"clip.vision.image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio=anyres_max_9; pad and square are read"),
+    "no mean": ({"clip.vision.image_mean": None}, r"states clip\.vision\.image_mean=\[\]"),
+}
+
+
+@pytest.mark.parametrize("fault", TOWER_FAULTS)
+def test_what_a_tower_lies_about_names_its_file(tmp_path: Path, model: LlavaLlamaForCausalLM, fault: str) -> None:
+    values, message = TOWER_FAULTS[fault]
+    folder = write_both(tmp_path, model, values=values)
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(folder / 'second.gguf'))} .*{message}"):
+        load_processor(folder, load_config(folder))
+
+
+def test_a_processor_that_cuts_pictures_for_a_model_that_takes_none_is_refused(tmp_path: Path, model: LlavaLlamaForCausalLM) -> None:
+    folder = write_both(tmp_path, model)
+    config = load_config(folder)
+    config.image_aspect_ratio = "anyres"
+    with pytest.raises(CheckpointError, match="only one cuts pictures into tiles"):
+        load_processor(folder, config)
+
+
 def tower_with(folder: Path, model: LlavaLlamaForCausalLM, change: Callable[[dict[str, Tensor]], None]) -> Path:
     text, tower = split_weights(model)
     change(tower)
     write_text(folder / "a.gguf", model.config.text_config, text)
     write_tower(folder / "b.gguf", model.config, tower)
     return folder
+
+
+def with_head(tower: dict[str, Tensor]) -> None:
+    tower["vision_tower.vision_model.head.probe"] = torch.ones(1, 1, 32)
+
+
+def test_a_pooling_head_is_left_out(tmp_path: Path, model: LlavaLlamaForCausalLM) -> None:
+    loaded = LlavaLlamaForCausalLM.from_pretrained(tower_with(tmp_path, model, with_head))
+    assert torch.equal(logits_of(loaded), logits_of(model))
 
 
 def without_norm(tower: dict[str, Tensor]) -> None:

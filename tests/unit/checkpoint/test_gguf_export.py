@@ -10,9 +10,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from llavakit import LLM, Conversation, LlamaForCausalLM, LlavaLlamaForCausalLM, SamplingParams
 from llavakit.checkpoint.convert import Conversion, Output, convert
+from llavakit.checkpoint.gguf_tokens import token_values
 from llavakit.checkpoint.gguf_write import GgufType
 from llavakit.checkpoint.hf import save_folder
 from llavakit.checkpoint.load import load_config, load_processor
@@ -22,7 +24,9 @@ from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.chat import TEMPLATES
 from llavakit.processing.image import ImageProcessor
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.tokenizer.added_tokens import special_token
 from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
+from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.gguf_file import GgufFile
 from tests.gguf_files import PICTURE, logits_of, save_hf, split_weights, write_both
 from tests.meta_files import MetaLlama
@@ -208,6 +212,17 @@ def test_rows_that_are_no_blocks_are_half_precision(tmp_path: Path) -> None:
     file = GgufFile(tmp_path / "out" / "model-q4_0.gguf")
     file.close()
     assert (file.kinds["blk.0.ffn_down.weight"].name, file.kinds["blk.0.ffn_up.weight"].name) == ("F16", "Q4_0")
+
+
+def test_added_tokens_that_are_pieces_too_have_the_types_of_added_ones() -> None:
+    model = tiny_tokenizer().model_file
+    first, second = (tiny_tokenizer().convert_ids_to_tokens(index) for index in (310, 311))
+    added = {310: special_token(first), 311: AddedToken(second, normalized=False, special=False)}
+    before, after = (token_values(words, 384) for words in (LlamaTokenizer(model), LlamaTokenizer(model, added_tokens=added)))
+    types = after["tokenizer.ggml.token_type"]
+    assert types[:3] == [2, 3, 3]
+    assert (types[310], types[311]) == (3, 4)
+    assert {key for key in before if before[key] != after[key]} == {"tokenizer.ggml.token_type"}
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

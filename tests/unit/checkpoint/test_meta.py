@@ -1,6 +1,7 @@
 """Meta's own files: whole tensors under our names, the logits of Meta's arithmetic, and one error for what does not fit."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from llavakit import LLM, Conversation, LlamaForCausalLM, LlamaTokenizer, SamplingParams
+from llavakit import LLM, Conversation, LlamaForCausalLM, LlamaTokenizer, LlamaTokenizerFast, SamplingParams
 from llavakit.checkpoint import convert as converting
+from llavakit.checkpoint.load import load_config
 from llavakit.checkpoint.meta import MetaFolder
 from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError, StorageError
 from llavakit.storage.folder import manifest_problems
 from llavakit.storage.tensors import TensorFolder
 from tests.meta_files import MetaLlama
-from tests.tiny import NUM_PIECES
+from tests.tiny import NUM_PIECES, llama3_tokenizer_folder
 
 IDS = torch.tensor([1, 17, 300, 2, 45, 45, 8, 211])
 MODELS = {
@@ -60,6 +62,17 @@ def test_metas_files_are_asked_as_they_are(tmp_path: Path) -> None:
     assert llm.chat(Conversation.ask("a red"), SamplingParams(max_tokens=3)).usage.completion_tokens == 3
     with pytest.raises(CheckpointError, match="allow_pickle"):
         LLM.load(folder)
+
+
+def test_llama_3s_list_for_tiktoken_needs_tokenizer_json(tmp_path: Path) -> None:
+    folder = MetaLlama(num_files=2, is_cut_by_rows=True).save(tmp_path / "meta", with_tokenizer=False)
+    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(CheckpointError, match=r"the model's tokenizer\.json has to lie beside it"):
+        convert(folder, tmp_path / "hf")
+    words = LlamaTokenizerFast.from_pretrained(llama3_tokenizer_folder(folder))
+    read = LlamaTokenizerFast.from_pretrained(convert(folder, tmp_path / "hf"))
+    assert read.encode("a red <|eot_id|>") == words.encode("a red <|eot_id|>")
+    assert load_config(tmp_path / "hf").get_text_config().eos_token_id == words.eos_token_id
 
 
 def test_tensors_keep_their_bits(tmp_path: Path) -> None:
@@ -106,6 +119,37 @@ def test_the_release_says_what_its_files_do_not(tmp_path: Path, params: dict[str
         assert (files.config.rope_scaling is not None) == ("use_scaled_rope" in params)
 
 
+SCALINGS: dict[str, tuple[dict[str, Any], float, float]] = {
+    "3.1": ({}, 8.0, 4.0),
+    "3.2 of 1B": ({"dim": 2048, "n_heads": 32}, 32.0, 4.0),
+    "3.2 of 3B": ({"dim": 3072, "n_heads": 24}, 32.0, 4.0),
+    "stated": ({"dim": 2048, "n_heads": 32, "rope_scaling_factor": 16, "rope_high_freq_factor": 1.5}, 16.0, 1.5),
+}
+
+
+@pytest.mark.parametrize("release", SCALINGS)
+def test_rotary_positions_scale_as_the_release_does(tmp_path: Path, release: str) -> None:
+    params, factor, high = SCALINGS[release]
+    folder = MetaLlama().save(tmp_path / "meta")
+    change(folder, use_scaled_rope=True, **params)
+    with MetaFolder(folder) as files:
+        assert files.config.rope_scaling == {
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": high,
+            "original_max_position_embeddings": 8192,
+        }  # fmt: skip
+
+
+def test_an_unexpected_failure_closes_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    folder, before = MetaLlama(num_files=2).save(tmp_path / "meta"), os.listdir("/proc/self/fd")
+    monkeypatch.setattr("llavakit.checkpoint.meta._match", fail)
+    with pytest.raises(MemoryError):
+        MetaFolder(folder)
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_dtype_and_progress(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     source = MetaLlama().save(tmp_path / "meta")
@@ -127,7 +171,7 @@ def edit(folder: Path, action: Callable[[dict[str, Tensor]], object], *ranks: in
         torch.save(weights, path)
 
 
-NORM, QUERY = "layers.0.ffn_norm.weight", "layers.1.attention.wq.weight"
+NORM, QUERY, OUTPUT = "layers.0.ffn_norm.weight", "layers.1.attention.wq.weight", "layers.0.attention.wo.weight"
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file is missing": (lambda folder: (folder / "consolidated.00.pth").unlink(), "expected consolidated.00.pth and on"),
     "an unknown tensor": (
@@ -143,6 +187,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "missing model.norm.weight",
     ),
     "another shape": (lambda folder: edit(folder, lambda w: w.update({QUERY: torch.ones(16, 31)}), 1), r"\(16, 32\), \(16, 31\)"),
+    "other dimensions": (
+        lambda folder: edit(folder, lambda w: w.update({OUTPUT: w[OUTPUT].flatten()[:32]}), 1),
+        rf"{OUTPUT} has \(32, 16\), \(32,\)",
+    ),
     "another dtype": (lambda folder: edit(folder, lambda w: w.update({QUERY: w[QUERY].half()}), 1), "different models"),
     "another model": (lambda folder: edit(folder, lambda w: w.update({NORM: w[NORM] + 1}), 1), f"{NORM} is not the same in all files"),
     "NaN": (lambda folder: edit(folder, lambda w: w[QUERY].fill_(float("nan")), 0), "NaN"),
@@ -150,6 +198,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "wrong width": (lambda folder: change(folder, dim=64), "the tensors are not those"),
     "wrong heads": (lambda folder: change(folder, n_heads="4"), "params.json does not describe"),
     "wrong base": (lambda folder: change(folder, rope_theta=[1]), "params.json does not describe"),
+    "endless base": (lambda folder: change(folder, rope_theta=10**400), "rope_theta must be finite"),
+    "endless eps": (lambda folder: change(folder, norm_eps=10**400), "rms_norm_eps must be finite"),
+    "wrong scaling": (lambda folder: change(folder, use_scaled_rope=True, rope_scaling_factor="8"), "params.json does not describe"),
     "wrong vocabulary": (lambda folder: change(folder, vocab_size=32000), "vocab_size=32000"),
     "no pickle": (lambda folder: (folder / "consolidated.01.pth").write_bytes(b"junk"), "damaged"),
 }

@@ -1,5 +1,6 @@
 """GGUF headers and data: equal to the gguf library's own reading; every lie is one CheckpointError that names the file."""
 
+import os
 import random
 import struct
 import sys
@@ -66,6 +67,10 @@ def test_packed_kinds_are_what_the_library_makes_of_them(tmp_path: Path, kind: G
     file.close()
     assert read.shape == (7, 512)
     assert torch.equal(read, torch.from_numpy(gguf.quants.dequantize(data, packing)))
+
+
+def test_what_llama_quantize_falls_back_to_is_read() -> None:
+    assert {"IQ4_NL", "IQ4_XS"} <= {kind.name for kind in PACKED}  # of Q2_K and Q3_K, where rows are no multiple of 256
 
 
 def test_rows_are_unpacked_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +176,17 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, fault: str) -> None:
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=f"lies.gguf.*{message}"):
         GgufFile(path)
+
+
+def test_an_unexpected_failure_closes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    path, before = write(tmp_path / "x.gguf"), os.listdir("/proc/self/fd")
+    monkeypatch.setattr("llavakit.storage.gguf_file._Header.values", fail)
+    with pytest.raises(MemoryError):
+        GgufFile(path)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:

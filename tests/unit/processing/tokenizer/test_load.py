@@ -41,6 +41,20 @@ def test_a_model_of_another_kind_gives_way_to_tokenizer_json(tmp_path: Path, cap
     assert "tokenizer.json" in caplog.text
 
 
+def test_a_list_for_tiktoken_says_what_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(CheckpointError, match=r"list for tiktoken.*the model's tokenizer\.json has to lie beside it"):
+        load_tokenizer(tmp_path)
+
+
+def test_pieces_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    proto, piece = tiny_tokenizer().model_file, tiny_tokenizer().convert_ids_to_tokens(300).encode()
+    before, after = (bytes((10, len(text))) + text for text in (piece, b"\xff" * len(piece)))
+    (tmp_path / "tokenizer.model").write_bytes(proto.replace(before, after))
+    with pytest.raises(CheckpointError, match="a piece that is not UTF-8"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tokenizer"):
         load_tokenizer(tmp_path)
