@@ -279,7 +279,9 @@ def _misfits(tensors: _Tensors, config: LlamaConfig | LlavaConfig, *, has_tower:
 def _vocabulary(config: LlamaConfig | LlavaConfig, processor: LlavaProcessor | TextProcessor | None) -> list[str]:
     if processor is None:
         return []
-    rows, tokens = config.get_text_config().vocab_size, len(processor.tokenizer)
+    rows, added = config.get_text_config().vocab_size, {processor.tokenizer.pad_token_id}
+    added |= {processor.image_token_id} if isinstance(processor, LlavaProcessor) else set()
+    tokens = sum(index < rows or index not in added for index in range(len(processor.tokenizer)))  # which need no row in original LLaVA
     found = [f"the vocabulary has {rows} rows for {tokens} tokens"] if rows != tokens else []
     note = processor.preprocessing_note if isinstance(processor, LlavaProcessor) else None
     return found if note is None else [*found, note]

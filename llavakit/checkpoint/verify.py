@@ -42,7 +42,7 @@ _QUESTION = "What is in this picture, and what is it next to?"
 _SCENE_SEED = 4
 _SCENE_PX = (420, 260)
 _CHUNK = 1 << 24
-_MAX_LISTED = 20
+_MAX_LISTED, _FEW = 20, 2
 _IMAGE = -1  # in place of an image position's id, which differs between layouts
 _MAY_DIFFER = {
     "vocab_size", "image_token_index", "pad_token_id", "tokenizer_padding_side", "tokenizer_model_max_length", "ignore_index",
@@ -135,6 +135,8 @@ class _Pair:
     how: Comparison
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    """Weights that differ and that no answer depends on."""
     is_alike: bool = True
     """Whether all tensors have partners of their own shape, so that both models can run one prompt."""
     num_tensors: int = 0
@@ -175,6 +177,10 @@ class _Pair:
             done += weight.spec.num_bytes + other.spec.num_bytes
             if progress is not None:
                 progress(done, total)
+        if self.unused:
+            self.notes.append(
+                f"{len(self.unused)} weights that no answer depends on differ: {', '.join(self.unused[:_FEW])}{', ...' * (len(self.unused) > _FEW)}"
+            )
         self.is_alike &= not missing
         self.problems += _listed(missing) + _listed(differing)
 
@@ -199,7 +205,7 @@ class _Pair:
             self.num_identical += 1
             return None
         if not self._is_used(name):
-            self.notes.append(f"{name}, which no answer depends on, differs")
+            self.unused.append(name)
             return None
         difference = max(_max_difference(a, b) for a, b in zip(one.reshape(-1).split(_CHUNK), two.reshape(-1).split(_CHUNK), strict=True))
         self.max_weight_difference = max(self.max_weight_difference, difference)

@@ -38,7 +38,7 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
 """
-OUTPUTS = ("hf", "original", "text")
+OUTPUTS = ("hf", "original", "text", "gguf")
 
 
 @dataclass
