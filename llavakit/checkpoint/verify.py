@@ -178,9 +178,8 @@ class _Pair:
             if progress is not None:
                 progress(done, total)
         if self.unused:
-            self.notes.append(
-                f"{len(self.unused)} weights that no answer depends on differ: {', '.join(self.unused[:_FEW])}{', ...' * (len(self.unused) > _FEW)}"
-            )
+            few = ", ".join([*self.unused[:_FEW], *(["..."] if len(self.unused) > _FEW else [])])
+            self.notes.append(f"{len(self.unused)} weights that no answer depends on differ: {few}")
         self.is_alike &= not missing
         self.problems += _listed(missing) + _listed(differing)
 
