@@ -1,10 +1,12 @@
 """Every error that llavakit raises on purpose.
 
-Owns: the exception tree. Invariant: each message says what was expected, what came, and the fix.
+Owns: the exception tree, and how long lists of problems are told. Invariant: each message says what was expected, what came, and the fix.
 The command line maps the five families to exit codes (cli/main); everything else is a bug.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 __all__ = [
     "CapacityError",
@@ -17,6 +19,7 @@ __all__ = [
     "PromptError",
     "StorageError",
     "TrainingError",
+    "shortened",
 ]
 
 
@@ -58,3 +61,9 @@ class CapacityError(LlavaError):
 
 class TrainingError(LlavaError):
     """Training cannot go on: it diverged, was interrupted, or its run folder belongs to other settings."""
+
+
+def shortened(problems: Sequence[str], most: int = 20) -> list[str]:
+    """Return the first of many problems, and how many more there are."""
+    more = len(problems) - most
+    return [*problems[:most], *([f"and {more} more"] if more > 0 else [])]

@@ -20,7 +20,7 @@ from llavakit.checkpoint.layouts import LLAMA, LLAVA_HF, LLAVA_MODULES
 from llavakit.checkpoint.load import build_core, load_config
 from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_adapter
 from llavakit.checkpoint.rules import Layout
-from llavakit.errors import CheckpointError, ConfigError
+from llavakit.errors import CheckpointError, ConfigError, shortened
 from llavakit.model.llava import LlavaCore
 from llavakit.storage.documents import write_json
 from llavakit.storage.folder import new_folder
@@ -54,7 +54,7 @@ def export_adapter(source: Path, destination: Path, sources: Sources, *, is_dry:
         export = _Export(adapter, {name: _module_and_leaf(layout, name) for name in shapes}, whole)
         problems = problems or export.problems()
         if problems:
-            raise CheckpointError(f"the adapter cannot be written for transformers' class: {'; '.join(problems[:10])}")
+            raise CheckpointError(f"the adapter cannot be written for transformers' class: {'; '.join(shortened(problems))}")
         tensors = export.tensors()
         if not is_dry:
             specs = {name: (file.specs[stored].dtype, file.specs[stored].shape) for name, (file, stored) in tensors.items()}

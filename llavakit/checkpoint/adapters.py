@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llavakit.checkpoint.rules import Layout
-from llavakit.errors import CheckpointError
+from llavakit.errors import CheckpointError, shortened
 from llavakit.storage.documents import read_json
 from llavakit.storage.pickle_tensors import PickleFile
 from llavakit.storage.tensors import FilePlace, OpenTensors, TensorFile, TensorSource, TensorSpec
@@ -215,7 +215,7 @@ def _changes(file: OpenTensors, layout: Layout) -> dict[str, Change]:
         change.names[WHOLE if is_whole else match["kind"]] = name
     problems += [change.path for change in changes.values() if change.pair is None and set(change.names) != {WHOLE}]
     if problems:
-        raise CheckpointError(f"the adapter's tensors are not understood: {', '.join(problems[:10])}")
+        raise CheckpointError(f"the adapter's tensors are not understood: {', '.join(shortened(problems))}")
     return changes
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from llavakit.errors import CheckpointError
+from llavakit.errors import CheckpointError, shortened
 from llavakit.storage.tensors import TensorSource, TensorSpec
 
 __all__ = ["Summed"]
@@ -32,7 +32,7 @@ class Summed:
         problems = [f"{name} is not in the base" for name in self.specs if not name.startswith(_WHOLE) and not self._fits(name, others)]
         problems += [f"{name} is only in the base" for name in others if name not in self.specs and not name.endswith(_CONSTANT)]
         if problems:
-            raise CheckpointError(f"the base is not the one that these deltas were taken from: {'; '.join(problems[:10])}")
+            raise CheckpointError(f"the base is not the one that these deltas were taken from: {'; '.join(shortened(problems))}")
 
         self._check_delta()
 

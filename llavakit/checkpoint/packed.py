@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavakit.errors import CheckpointError
+from llavakit.errors import CheckpointError, shortened
 from llavakit.ops.quantize.layouts import LAYOUTS, PackedLayout, dequantize, num_groups
 from llavakit.storage.documents import read_json, read_optional_json
 from llavakit.storage.tensors import SAFETENSORS, FilePlace, TensorSource, TensorSpec, WeightFormat
@@ -31,7 +31,6 @@ _WORDS, _ZEROS, _SCALES, _INDEX, _BIAS = ".qweight", ".qzeros", ".scales", ".g_i
 _WEIGHT = ".weight"
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SUPPORTED = "GPTQ (gptq, gptq_v2) of 2, 3, 4 and 8 bits and AWQ (gemm) of 4 are read"
-_MAX_LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +88,7 @@ class Unpacked:
         for module in self._modules:
             problems += self._problems(module)
         if problems:
-            more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-            raise CheckpointError(f"{folder}: the packed tensors are not whole: {'; '.join(problems[:_MAX_LISTED])}{more}")
+            raise CheckpointError(f"{folder}: the packed tensors are not whole: {'; '.join(shortened(problems))}")
         dense = {module + _WEIGHT: self._spec(module) for module in self._modules}
         self.specs: Mapping[str, TensorSpec] = {**{name: spec for name, spec in stored.items() if name not in owned}, **dense}
 

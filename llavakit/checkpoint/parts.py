@@ -22,7 +22,7 @@ from llavakit.checkpoint.layouts import LANGUAGE_MODEL, LLAMA, LLAMA_DECODER, LL
 from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
 from llavakit.checkpoint.packed import Unpacked, dense_tensors, weight_format
 from llavakit.checkpoint.rules import Layout
-from llavakit.errors import CheckpointError
+from llavakit.errors import CheckpointError, shortened
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.storage.documents import read_optional_json
@@ -206,7 +206,7 @@ class _Opening:
         """Merge an adapter, whose modules' names are those of a layout."""
         adapter = self.adapter(folder, layout)
         if problems := adapter.problems(_shapes_by_target(parts)):
-            raise CheckpointError(f"the adapter {folder} does not fit its base: {'; '.join(problems[:10])}")
+            raise CheckpointError(f"the adapter {folder} does not fit its base: {'; '.join(shortened(problems))}")
         return [replace(part, tensors=Merged(part.tensors, part.layout, adapter)) for part in parts]
 
     def _summed(self, folder: Path, layout: Layout) -> TensorSource:

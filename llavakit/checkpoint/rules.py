@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llavakit.errors import CheckpointError
+from llavakit.errors import CheckpointError, shortened
 from llavakit.logs import logger
 
 __all__ = ["Drop", "Layout", "Rename", "plan_load"]
@@ -109,7 +109,6 @@ def plan_load(
             owners[target] = source
     problems += [f"missing {target} {list(shape)}" for target, shape in targets.items() if target not in owners and target not in tied]
     if problems:
-        more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         names = " and ".join(layout.name for layout, _ in parts)
-        raise CheckpointError(f"the tensors are not those of this {names} model: {'; '.join(problems[:_MAX_LISTED])}{more}")
+        raise CheckpointError(f"the tensors are not those of this {names} model: {'; '.join(shortened(problems, _MAX_LISTED))}")
     return plan

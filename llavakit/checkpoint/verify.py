@@ -24,6 +24,7 @@ from llavakit.checkpoint.opening import Checkpoint, Weight, open_checkpoint
 from llavakit.checkpoint.parts import Sources
 from llavakit.checkpoint.streamed import streamed
 from llavakit.config import ModelConfig
+from llavakit.errors import shortened
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlavaCore
 from llavakit.model.llava_config import LlavaConfig
@@ -42,7 +43,7 @@ _QUESTION = "What is in this picture, and what is it next to?"
 _SCENE_SEED = 4
 _SCENE_PX = (420, 260)
 _CHUNK = 1 << 24
-_MAX_LISTED, _FEW = 20, 2
+_FEW = 2
 _IMAGE = -1  # in place of an image position's id, which differs between layouts
 _MAY_DIFFER = {
     "vocab_size", "image_token_index", "pad_token_id", "tokenizer_padding_side", "tokenizer_model_max_length", "ignore_index",
@@ -181,7 +182,7 @@ class _Pair:
             few = ", ".join([*self.unused[:_FEW], *(["..."] if len(self.unused) > _FEW else [])])
             self.notes.append(f"{len(self.unused)} weights that no answer depends on differ: {few}")
         self.is_alike &= not missing
-        self.problems += _listed(missing) + _listed(differing)
+        self.problems += shortened(missing) + shortened(differing)
 
     def _weights(self, checkpoint: Checkpoint) -> Mapping[str, Weight]:
         """Return the weights to compare, in the model's order, a shared one once."""
@@ -315,11 +316,6 @@ def _max_difference(one: Tensor, two: Tensor) -> float:
     """Return the largest absolute difference, in float32 or wider."""
     dtype = torch.promote_types(torch.promote_types(one.dtype, two.dtype), torch.float32)
     return float((one.to(dtype) - two.to(dtype)).abs().max()) if one.numel() else 0.0
-
-
-def _listed(problems: Sequence[str]) -> list[str]:
-    more = len(problems) - _MAX_LISTED
-    return [*problems[:_MAX_LISTED], *([f"and {more} more"] if more > 0 else [])]
 
 
 @functools.cache

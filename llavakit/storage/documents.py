@@ -12,7 +12,7 @@ from typing import Any
 
 from llavakit.errors import CheckpointError
 
-__all__ = ["parse_json", "read_json", "read_optional_json", "read_text", "write_json"]
+__all__ = ["json_bytes", "parse_json", "read_json", "read_optional_json", "read_text", "write_json"]
 
 _MAX_BYTES = 64 << 20
 

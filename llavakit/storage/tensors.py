@@ -24,7 +24,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from llavakit.errors import CheckpointError
+from llavakit.errors import CheckpointError, shortened
 from llavakit.storage.documents import parse_json, read_json, write_json
 from llavakit.storage.hub import check_inside
 
@@ -50,7 +50,6 @@ _SINGLE_NAME = "model.safetensors"
 _MAX_HEADER_BYTES = 16 << 20
 _MAX_DIMENSIONS = 32
 _MAX_BYTES = 1 << 62
-_MAX_LISTED = 20
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -243,8 +242,8 @@ class TensorFolder:
             if tensor in self._owner and self._owner[tensor].path.name != name
         ]
         if problems:
-            more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-            raise CheckpointError(f"{self._format.index_name} and the shards disagree: {'; '.join(problems[:_MAX_LISTED])}{more}")
+            listed = "; ".join(shortened(problems))
+            raise CheckpointError(f"{self._format.index_name} and the shards disagree: {listed}")
 
 
 def sorted_by_place(specs: Mapping[str, TensorSpec]) -> list[str]:

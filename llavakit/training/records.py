@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llavakit.errors import DataError, PromptError
+from llavakit.errors import DataError, PromptError, shortened
 from llavakit.geometry import ImageGrid
 from llavakit.processing.image import image_size
 from llavakit.processing.processor import LlavaProcessor
@@ -23,7 +23,6 @@ __all__ = ["RecordSource"]
 
 _MARKER = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant"}
-_MAX_LISTED = 20
 _NO_BYTES = b""
 
 
@@ -42,8 +41,8 @@ class RecordSource:
         self._records = values
         problems = [f"record {index}: {problem}" for index, record in enumerate(values) if (problem := _problem(record))]
         if problems:
-            more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-            raise DataError(f"{records} has {len(problems)} records that cannot train:\n  " + "\n  ".join(problems[:_MAX_LISTED]) + more)
+            listed = "\n  ".join(shortened(problems))
+            raise DataError(f"{records} has {len(problems)} records that cannot train:\n  {listed}")
 
     def __len__(self) -> int:
         return len(self._records)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from llavakit.errors import TrainingError
+from llavakit.errors import TrainingError, shortened
 from llavakit.logs import logger
 from llavakit.storage.documents import read_json, write_json
 from llavakit.storage.folder import atomic_folder, manifest_problems, remove_unfinished
@@ -145,10 +145,10 @@ class Saves:
         before, now = _flat(values["identity"]), _flat(self._identity)
         changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
         if changed:
-            listed = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed[:_MAX_LISTED])
-            more = f" and {len(changed) - _MAX_LISTED} more" if len(changed) > _MAX_LISTED else ""
+            changes = [f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed]
+            listed = "; ".join(shortened(changes, _MAX_LISTED))
             raise TrainingError(
-                f"{self._run_dir} holds a run with other settings: {listed}{more}; use another folder, or remove it to start over"
+                f"{self._run_dir} holds a run with other settings: {listed}; use another folder, or remove it to start over"
             )
 
     def _newest_first(self) -> list[Path]:
