@@ -37,7 +37,7 @@ from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.load import has_tokenizer, load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.documents import read_json
-from llavakit.storage.tensors import TensorSource
+from llavakit.storage.tensors import DTYPES, TensorSource
 
 __all__ = [
     "build_core",
@@ -236,6 +236,8 @@ def read_weight(tensors: TensorSource, name: str, dtype: torch.dtype | None) -> 
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Check that a weight, or a piece of it, holds only what a model can have. Raises: CheckpointError."""
+    if tensor.dtype not in DTYPES:
+        raise CheckpointError(f"tensor {name} would be of {tensor.dtype}; choose float32, float16 or bfloat16")
     if not _is_finite(tensor):
         raise CheckpointError(f"tensor {name} holds NaN or infinite values in {tensor.dtype}; the file is damaged, or choose a wider dtype")
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llavakit.errors import CheckpointError
-from llavakit.storage.tensors import FilePlace, TensorSpec, WeightFormat, sorted_by_place
+from llavakit.storage.tensors import DTYPES, FilePlace, TensorSpec, WeightFormat, sorted_by_place
 
 __all__ = ["PICKLE", "PickleFile"]
 
@@ -86,10 +86,22 @@ def _load(path: Path) -> tuple[dict[str, Tensor], bool]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}; a table of names and tensors was expected")
     for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
-            kind = type(value).__name__
-            raise CheckpointError(f"{path} holds {str(name)[:100]!r}, a {kind}; only plain tensors under names are read")
+        kind = _strange_kind(value)
+        if not isinstance(name, str) or kind is not None:
+            raise CheckpointError(f"{path} holds {str(name)[:100]!r}, {kind or 'a tensor'}; only plain tensors under names are read")
     return {name: value.detach() for name, value in values.items()}, is_mapped
+
+
+def _strange_kind(value: object) -> str | None:
+    """Say what a value is that is no plain tensor, or claims more bytes than the file has of it: a tensor of 64 GiB fits in 1 KB."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
+        return f"a sparse, quantised, nested or empty {type(value).__name__}"
+    if value.dtype not in DTYPES:
+        return f"a tensor of {value.dtype}"
+    num_bytes, num_stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+    return f"a tensor of {num_bytes} bytes of which {num_stored} are stored" if num_bytes > num_stored else None
 
 
 @dataclass(frozen=True, slots=True)

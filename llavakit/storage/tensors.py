@@ -29,6 +29,7 @@ from llavakit.storage.documents import parse_json, read_json, write_json
 from llavakit.storage.hub import check_inside
 
 __all__ = [
+    "DTYPES",
     "INDEX_NAME",
     "SAFETENSORS",
     "FilePlace",
@@ -55,6 +56,8 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = frozenset(_NAMES)
+"""Of the tensors that are read and written."""
 
 
 @dataclass(frozen=True, slots=True)

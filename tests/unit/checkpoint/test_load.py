@@ -144,6 +144,12 @@ def test_overflow_of_the_target_dtype_is_refused(tmp_path: Path) -> None:
         load_core(tmp_path, dtype=torch.float16)
 
 
+def test_dtypes_that_no_file_holds_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, some_weights(), llava_config(VARIANTS[0]))
+    with pytest.raises(CheckpointError, match="would be of torch.float8_e4m3fn; choose"):
+        load_core(tmp_path, dtype=torch.float8_e4m3fn)
+
+
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
     weights = some_weights()
     weights[EMBEDDING] = weights[EMBEDDING].to(torch.int8)

@@ -132,14 +132,27 @@ def test_code_does_not_run(tmp_path: Path, is_zip: bool) -> None:
         ([torch.ones(1)], "holds a list"),
         ({"x": {"y": torch.ones(1)}}, "'x', a dict"),
         ({"x": torch.ones(1), "epoch": 3}, "'epoch', a int"),
-        ({3: torch.ones(1)}, "'3', a Tensor"),
-        ({"x": torch.eye(2).to_sparse()}, "'x', a Tensor"),
+        ({3: torch.ones(1)}, "'3', a tensor"),
+        ({"x": torch.eye(2).to_sparse()}, "'x', a sparse, quantised, nested or empty Tensor"),
+        ({"x": torch.ones(2, device="meta")}, "'x', a sparse, quantised, nested or empty Tensor"),
+        ({"x": torch.ones(2).to(torch.float8_e4m3fn)}, "'x', a tensor of torch.float8_e4m3fn"),
+        ({"x": torch.ones(2, dtype=torch.complex64)}, "'x', a tensor of torch.complex64"),
+        ({"x": torch.ones(1).expand(1 << 17, 1 << 17)}, "68719476736 bytes of which 4 are stored"),
     ],
 )
 def test_only_a_table_of_plain_tensors_is_read(tmp_path: Path, value: object, told: str) -> None:
     torch.save(value, tmp_path / NAME)
     with pytest.raises(CheckpointError, match=told):
         read_all(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of its prototypes
+def test_nested_and_quantised_tensors_are_refused(tmp_path: Path) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for value in (nested, torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)):
+        torch.save({"x": value}, tmp_path / NAME)
+        with pytest.raises(CheckpointError, match=r"'x', a sparse, quantised, nested|is damaged, or holds something else"):
+            read_all(tmp_path)
 
 
 def test_other_files_of_that_name_are_refused(tmp_path: Path) -> None:
