@@ -9,6 +9,7 @@ Legend: R rank  O rows out  I columns in
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,10 @@ _KEY = re.compile(r"(?P<path>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_e
 _PLAIN = re.compile(r"(?P<path>.+?)(\.modules_to_save|\.base_layer)?(\.default)?\.(?P<kind>weight|bias)")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _PAIRS = (("lora_A", "lora_B"), _EMBEDDING)
+_MAGNITUDE = "lora_magnitude_vector"
+_CHANGED_BASES = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Beginnings of init_lora_weights with which peft takes the first factors, or a rounding, out of the base before it trains."""
+_MOST = 1e9
 WHOLE = "whole"
 """The kind of a tensor that takes a weight's place."""
 
@@ -92,8 +97,8 @@ class Adapter:
             shape = shapes.get(target)
             if shape is None:
                 found.append(f"{change.path} is no module of the model")
-            elif (wanted := self._shape(change)) is not None and wanted != shape:
-                found.append(f"{change.path} is made for a weight {list(wanted)}, the model has {list(shape)}")
+            elif change.pair is not None:
+                found += self._misfits(change, change.pair, shape)
         return found
 
     def rank(self, change: Change) -> int | None:
@@ -114,9 +119,9 @@ class Adapter:
         if change.pair is None:
             return weight
         product = self._product(change, change.pair)
-        if "lora_magnitude_vector" not in change.names:
+        if _MAGNITUDE not in change.names:
             return (weight.float() + product).to(weight.dtype)
-        magnitude_O = self.tensors.read(change.names["lora_magnitude_vector"]).float().flatten()
+        magnitude_O = self.tensors.read(change.names[_MAGNITUDE]).float().flatten()
         changed = weight.float() + product
         factor_O: Tensor = magnitude_O / torch.linalg.norm(changed, dim=1)
         return (factor_O.view(-1, 1) * changed).to(weight.dtype)
@@ -133,12 +138,18 @@ class Adapter:
     def _scale(self, change: Change, rank: int) -> float:
         return float(self.alpha(change)) / (rank**0.5 if self.config.get("use_rslora") else rank)
 
-    def _shape(self, change: Change) -> tuple[int, ...] | None:
-        """Return the shape of the weight that the factors are made for."""
-        if change.pair is None:
-            return None
-        columns, rows = self.tensors.specs[change.names[change.pair[0]]].shape[1], self.tensors.specs[change.names[change.pair[1]]].shape[0]
-        return (columns, rows) if change.pair == _EMBEDDING else (rows, columns)
+    def _misfits(self, change: Change, pair: tuple[str, str], shape: tuple[int, ...]) -> list[str]:
+        """List what the factors of a weight of that shape, and its magnitudes, have against it or each other."""
+        a, b = (self.tensors.specs[change.names[kind]].shape for kind in pair)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
+            return [f"{change.path} has factors {list(a)} and {list(b)}, which are no matrices of one rank"]
+        wanted = (a[1], b[0]) if pair == _EMBEDDING else (b[0], a[1])
+        if wanted != shape:
+            return [f"{change.path} is made for a weight {list(wanted)}, the model has {list(shape)}"]
+        if _MAGNITUDE not in change.names:
+            return []
+        lengths = self.tensors.specs[change.names[_MAGNITUDE]].shape
+        return [] if math.prod(lengths) == shape[0] else [f"{change.path} has magnitudes {list(lengths)} for {shape[0]} rows"]
 
 
 class Merged:
@@ -182,9 +193,30 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the adapter is of the kind {kind!r}; LORA is read")
     if config.get("fan_in_fan_out"):
         raise CheckpointError("the adapter is made for transposed weights (fan_in_fan_out), which no Llama has")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
+        raise CheckpointError(
+            f"the adapter began with init_lora_weights={start!r}, for which peft changes the base, so it does not fit the plain one: save "
+            "it as plain LoRA by peft's save_pretrained(..., path_initial_model_for_weight_conversion=...); where the changed base itself "
+            f"was saved, name it with --base and set init_lora_weights to true in {ADAPTER_CONFIG}"
+        )
     for name in ("lora_alpha", "r"):
-        if isinstance(config.get(name), bool) or not isinstance(config.get(name, 8), int | float):
-            raise CheckpointError(f"{ADAPTER_CONFIG} has {name}={config[name]!r}; a number is needed")
+        _check_number(name, config.get(name, 8))
+    for name in ("alpha_pattern", "rank_pattern"):
+        patterns = config.get(name)
+        if not isinstance(patterns, Mapping | None):
+            raise CheckpointError(f"{ADAPTER_CONFIG} has {name}={patterns!r}; a table of modules and numbers is needed")
+        for pattern, value in ({} if patterns is None else patterns).items():
+            _check_number(f"{name}[{pattern!r}]", value)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CheckpointError(f"{ADAPTER_CONFIG} has the pattern {pattern!r}, which is none: {error}") from error
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MOST:
+        raise CheckpointError(f"{ADAPTER_CONFIG} has {name}={str(value)[:100]!r}; a number is needed")
 
 
 def open_adapter_file(folder: Path, *, allow_pickle: bool) -> OpenTensors:
@@ -219,14 +251,7 @@ def _changes(file: OpenTensors, layout: Layout) -> dict[str, Change]:
     return changes
 
 
-def _by_pattern(patterns: object, path: str, default: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """Return the value of the first pattern that ends a module's path, as peft looks it up."""
-    if isinstance(patterns, Mapping):
-        for pattern, value in patterns.items():
-            try:
-                is_match = re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
-            except re.error as error:
-                raise CheckpointError(f"{ADAPTER_CONFIG} has the pattern {pattern!r}, which is none: {error}") from error
-            if is_match:
-                return value
-    return default
+    values = {} if patterns is None else patterns
+    return next((value for pattern, value in values.items() if re.fullmatch(rf"(.*\.)?({pattern})", path)), default)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,7 +66,7 @@ def load_config(folder: Path, sources: Sources = Sources()) -> LlamaConfig | Lla
         return _read_meta_config(folder, sources)
     path = folder / "config.json"
     if not path.is_file() and is_adapter(folder):
-        return load_config(sources.base_folder(folder), replace(sources, base=None))
+        return load_config(sources.base_folder(folder), sources.of_base(folder))
     if not path.is_file():
         kind = foreign_kind([file.name for file in folder.iterdir()] if folder.is_dir() else [])
         raise CheckpointError(f"{folder} has no config.json" if kind is None else f"{folder} holds {kind}")

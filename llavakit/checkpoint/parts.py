@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _PROJECTOR_FILE, _BESIDE_LORA = "mm_projector.bin", "non_lora_trainables.bin"
+_MOST_ADAPTERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +75,23 @@ class Sources:
     """
     allow_pickle: bool = False
     """Read pickle files where there are no safetensors."""
+    above: tuple[Path, ...] = ()
+    """The adapters, resolved, that the folder is a base of."""
 
     def base_folder(self, folder: Path) -> Path:
         """Return the folder of the base: the caller's, or the one that an adapter names. Raises: CheckpointError."""
         name = base_of_adapter(folder) if self.base is None and is_adapter(folder) else self.base
         if name is None:
             raise CheckpointError(f"{folder} holds no whole model; name the one that it belongs to with --base")
-        return resolve_model(name, allow_pickle=self.allow_pickle)
+        base = resolve_model(name, allow_pickle=self.allow_pickle)
+        is_endless = base.resolve() in (*self.above, folder.resolve()) or len(self.above) >= _MOST_ADAPTERS
+        if is_adapter(base) and is_endless:
+            raise CheckpointError(f"{folder} adapts {name}, which adapts others in turn without end; name a whole model with --base")
+        return base
+
+    def of_base(self, folder: Path) -> Sources:
+        """Return what the base of a folder may need; the caller's base is that of the folder alone."""
+        return replace(self, base=None, above=(*self.above, folder.resolve()))
 
     def gguf_tower(self) -> Path | None:
         """Return the caller's file, or folder, with the tower of a GGUF file. Raises: CheckpointError."""
@@ -152,7 +163,7 @@ class _Opening:
             return [Part(self.files.enter_context(open_meta(folder, self.sources)), _layout(self.model), folder)]
         if is_adapter(folder):
             below = self.sources.base_folder(folder)
-            base = _Opening(self.files, self.model, replace(self.sources, base=None)).parts(below)
+            base = _Opening(self.files, self.model, self.sources.of_base(folder)).parts(below)
             return self._merged(base, folder, _layout(self.model) if is_gguf(below) else base[0].layout)
         layout = _layout(self.model)
         return [Part(self._summed(folder, layout), layout, folder)]
@@ -197,7 +208,7 @@ class _Opening:
         """Return the names that modules have in the class that an adapter was trained in: its own config's, or its base's."""
         kind = kind_of_folder(folder)
         if kind is None:
-            return _Opening(self.files, self.model, replace(self.sources, base=None)).module_names(self.sources.base_folder(folder))
+            return _Opening(self.files, self.model, self.sources.of_base(folder)).module_names(self.sources.base_folder(folder))
         if kind is Kind.ORIGINAL and isinstance(self.model, LlavaCore):
             return original_layout(self.model.config.projector_depth)
         return _layout(self.model)

@@ -219,6 +219,18 @@ def rename(folder: Path, old: str, new: str) -> None:
     save_file({name.replace(old, new): weight for name, weight in load_file(path).items()}, path)
 
 
+def reshape(folder: Path, kind: str, change: Callable[[Tensor], Tensor]) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({name: change(weight).contiguous() if kind in name else weight for name, weight in load_file(path).items()}, path)
+
+
+def add_magnitudes(folder: Path, length: int) -> None:
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    added = {name.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(length) for name in weights if "lora_A" in name}
+    save_file({**weights, **added}, path)
+
+
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another kind": (lambda folder: edit(folder, peft_type="IA3"), "kind 'IA3'; LORA is read"),
     "transposed": (lambda folder: edit(folder, fan_in_fan_out=True), "fan_in_fan_out"),
@@ -228,6 +240,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "half": (lambda folder: rename(folder, "1.self_attn.q_proj.lora_B", "1.self_attn.v_proj.lora_B"), "not understood"),
     "a bad pattern": (lambda folder: edit(folder, alpha_pattern={"(": 3}), "which is none"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no weights"),
+    "an alpha of a module that is no number": (lambda folder: edit(folder, alpha_pattern={"q_proj": [1]}), r"alpha_pattern\['q_proj'\]"),
+    "a rank that is none": (lambda folder: edit(folder, rank_pattern={"q_proj": "2"}), r"rank_pattern\['q_proj'\]='2'"),
+    "patterns that are none": (lambda folder: edit(folder, alpha_pattern=3), "alpha_pattern=3; a table"),
+    "an infinite alpha": (lambda folder: edit(folder, lora_alpha=float("inf")), "lora_alpha='inf'"),
+    "a flat factor": (lambda folder: reshape(folder, "lora_A", lambda weight: weight.flatten()), r"factors \[128\] and \[64, 2\]"),
+    "two ranks": (lambda folder: reshape(folder, "lora_A", lambda weight: weight[:1]), r"factors \[1, 64\] and \[64, 2\]"),
+    "no rank": (lambda folder: reshape(folder, "lora", lambda weight: weight.new_zeros(*({2: 0}.get(n, n) for n in weight.shape))), "rank"),
+    "short magnitudes": (lambda folder: add_magnitudes(folder, 1), r"magnitudes \[1\] for 64 rows"),
+    "itself": (lambda folder: edit(folder, base_model_name_or_path=str(folder)), "without end"),
 }  # fmt: skip
 
 
@@ -236,9 +257,56 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, base: Path, kind: 
     trained(hf_llama(), r=2, lora_alpha=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
     action, told = FAULTS[kind]
     action(tmp_path / "adapter")
+    sources = Sources(base=None if kind == "itself" else base)
     with pytest.raises(CheckpointError, match=told):
-        convert(tmp_path / "adapter", tmp_path / "merged", Conversion(sources=Sources(base=base)))
-    assert not (tmp_path / "merged").exists()
+        convert(tmp_path / "adapter", tmp_path / "merged", Conversion(sources=sources, is_dry=True))
+
+
+def test_adapters_that_adapt_each_other_are_refused(tmp_path: Path) -> None:
+    for name, base in (("one", "two"), ("two", "one")):
+        trained(hf_llama(), r=2, lora_alpha=4, target_modules=["q_proj"]).save_pretrained(tmp_path / name)
+        edit(tmp_path / name, base_model_name_or_path=str(tmp_path / base))
+    with pytest.raises(CheckpointError, match="without end"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "one")
+    with pytest.raises(CheckpointError, match="without end"):
+        convert(tmp_path / "one", tmp_path / "new", Conversion(to="adapter"))
+
+
+def test_an_adapter_of_a_merged_adapter(tmp_path: Path, base: Path) -> None:
+    for name, below in (("one", tmp_path / "two"), ("two", base)):
+        trained(hf_llama(), r=2, lora_alpha=4, target_modules=["q_proj"]).save_pretrained(tmp_path / name)
+        edit(tmp_path / name, base_model_name_or_path=str(below))
+    plain = load_file(base / "model.safetensors")
+    added = {name: weight - plain[name] for name, weight in LlamaForCausalLM.from_pretrained(tmp_path / "two").state_dict().items()}
+    for name, weight in LlamaForCausalLM.from_pretrained(tmp_path / "one").state_dict().items():
+        assert torch.allclose(weight, plain[name] + 2 * added[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_adapters_that_peft_began_by_changing_the_base(tmp_path: Path, base: Path, start: str) -> None:
+    """PEFT takes the first factors out of the base; what it saves as plain LoRA fits the base as it was."""
+    wrapped = get_peft_model(hf_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=start))
+    wrapped.peft_config["default"].init_lora_weights = True
+    wrapped.save_pretrained(tmp_path / "start")
+    wrapped.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if "lora_" in name:
+                weight.mul_(1.5)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    wrapped.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    with pytest.raises(CheckpointError, match=f"init_lora_weights='{start}'.*path_initial_model_for_weight_conversion"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "adapter", base=base)
+    found, expected = LlamaForCausalLM.from_pretrained(tmp_path / "plain", base=base).state_dict(), merged(wrapped)
+    assert all(torch.allclose(found[name], weight, atol=1e-4) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga"])
+def test_other_ways_of_changing_the_base(tmp_path: Path, base: Path, start: str) -> None:
+    trained(hf_llama(), r=2, lora_alpha=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter", init_lora_weights=start)
+    with pytest.raises(CheckpointError, match=f"init_lora_weights='{start}'"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "adapter", base=base)
 
 
 def test_an_adapter_on_a_llava_hf_folder_answers(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_overflow_of_the_target_dtype_is_refused(tmp_path: Path) -> None:
 
 def test_dtypes_that_no_file_holds_are_refused(tmp_path: Path) -> None:
     write(tmp_path, some_weights(), llava_config(VARIANTS[0]))
-    with pytest.raises(CheckpointError, match="would be of torch.float8_e4m3fn; choose"):
+    with pytest.raises(CheckpointError, match=r"would be of torch\.float8_e4m3fn; choose"):
         load_core(tmp_path, dtype=torch.float8_e4m3fn)
 
 
