@@ -54,7 +54,7 @@ def read_original_config(values: Mapping[str, Any], vision_tower: str | Path | N
 
     Raises: ConfigError, CheckpointError.
     """
-    if "vision_config" not in values and (vision_tower is not None or not _is_published(values.get("mm_vision_tower"))):
+    if values.get("vision_config") is None and (vision_tower is not None or not _is_published(values.get("mm_vision_tower"))):
         values = {**values, "vision_config": read_tower_config(tower_folder(values, vision_tower, allow_pickle=False, weights=False))}
     config = LlavaConfig.from_dict(values)
     if not config.vision_config.has_cls:
@@ -68,7 +68,7 @@ def read_tower_config(folder: Path) -> dict[str, Any]:
     part = values.get("vision_config", values)
     stated = values.get("model_type")
     kind = part.get("model_type", _WHOLE_TOWERS.get(str(stated))) if isinstance(part, Mapping) else None
-    if kind not in TOWERS:
+    if not isinstance(kind, str) or kind not in TOWERS:
         raise CheckpointError(f"{folder} holds a {stated!r}, which is no tower; {', '.join((*_WHOLE_TOWERS, *TOWERS))} are read")
     return {**(_CLIP_DEFAULTS if kind == ClipVisionConfig.model_type else {}), **part, "model_type": kind}
 

@@ -76,6 +76,14 @@ class ForwardConfig(ModelConfig):
     return_dict: bool = setting(True, boolean())
     """Return an output with names, not a tuple."""
 
+    @classmethod
+    def normalize(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Read a pad_token_id of -1, by which Meta and early files of transformers say that there is none."""
+        values = super().normalize(values)
+        if values.get("pad_token_id") == -1:
+            values["pad_token_id"] = None
+        return values
+
     def to_dict(self) -> dict[str, Any]:
         """Write these only where they are not the usual ones."""
         usual = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
@@ -191,7 +199,7 @@ class LlamaConfig(ForwardConfig):
     @classmethod
     def normalize(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Read either form of the rotary settings: rope_theta + rope_scaling (4.x) or rope_parameters (5.x)."""
-        values = dict(values)
+        values = super().normalize(values)
         parameters = values.pop("rope_parameters", None)
         if parameters is not None:
             if not isinstance(parameters, Mapping):

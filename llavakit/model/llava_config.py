@@ -28,6 +28,8 @@ _FLAT_DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mi
 """model_type of flat files -> that of their language model."""
 _FLAT_KEYS = ("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "use_mm_proj", "hidden_size", "num_hidden_layers")
 """Keys by which the flat form is known where there is no text_config."""
+_NEVER_NULL = ("mm_hidden_size", "mm_vision_tower", "vision_config")
+"""Keys whose null is their absence."""
 _USUAL_TOWER = "openai/clip-vit-large-patch14-336"
 _FEATURES = {"patch": "default", "cls_patch": "full"}
 """mm_vision_select_feature -> vision_feature_select_strategy."""
@@ -203,7 +205,8 @@ class LlavaConfig(ForwardConfig):
     @classmethod
     def normalize(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Read the flat form, 5.x's image_token_id, and tied weights that are only said to be at the top."""
-        values = _nested(values) if _is_flat(values) else dict(values)
+        values = super().normalize({name: value for name, value in values.items() if value is not None or name not in _NEVER_NULL})
+        values = _nested(values) if _is_flat(values) else values
         if "image_token_id" in values:
             values.setdefault("image_token_index", values["image_token_id"])
             del values["image_token_id"]
@@ -317,7 +320,7 @@ def _is_flat(values: Mapping[str, Any]) -> bool:
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Turn original LLaVA's flat form into the nested one; keys that neither form knows stay at the top."""
     kind = values.get("model_type")
-    if kind not in _FLAT_DECODERS:
+    if not isinstance(kind, str) or kind not in _FLAT_DECODERS:
         raise ConfigError(f"model_type {kind!r} is no original LLaVA that is supported; supported are {', '.join(_FLAT_DECODERS)}")
     decoder = DECODERS[_FLAT_DECODERS[kind]]
     text_names = {field.name for field in dataclasses.fields(decoder)} | {"rope_parameters"}
@@ -329,7 +332,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         return default if value is None else value
 
     feature = take("mm_vision_select_feature", "patch")
-    if feature not in _FEATURES:
+    if not isinstance(feature, str) or feature not in _FEATURES:
         raise ConfigError(f"mm_vision_select_feature must be one of {', '.join(_FEATURES)}, got {feature!r}")
     nested = {
         "model_type": LlavaConfig.model_type,
@@ -343,19 +346,34 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     if rest.get("s2"):
         raise ConfigError("s2 (pictures seen at several scales) is not supported")
-    if "vision_config" not in rest:
-        nested["vision_config"] = published_tower(rest.get("mm_vision_tower") or _USUAL_TOWER)
+    tower = _vision_config("vision_config", rest["vision_config"]) if "vision_config" in rest else _named_tower(rest)
+    nested["vision_config"] = tower
     rest.setdefault("mm_use_im_patch_token", True)  # what original LLaVA takes an absent key for
     if rest.get("image_aspect_ratio") == "anyres":
         nested |= {"model_type": LlavaNextConfig.model_type, "mm_patch_merge_type": take("mm_patch_merge_type", "flat")}
-        pinpoints = _original_pinpoints(take("image_grid_pinpoints", [list(pair) for pair in DEFAULT_PINPOINTS]))
+        pinpoints = _original_pinpoints(take("image_grid_pinpoints", [list(pair) for pair in DEFAULT_PINPOINTS]), tower.image_size)
         nested["image_grid_pinpoints"] = [[height, width] for width, height in pinpoints]
     return {**rest, **nested}
 
 
-def _original_pinpoints(value: object) -> list[list[int]]:
-    """Read a list of (width, height) pairs, or that list as text."""
-    if isinstance(value, str):
+def _named_tower(values: Mapping[str, Any]) -> VisionConfig:
+    name = values.get("mm_vision_tower", _USUAL_TOWER)
+    if not isinstance(name, str):
+        raise ConfigError(f"mm_vision_tower must be the name of a tower, got {name!r}")
+    return published_tower(_USUAL_TOWER if name == "" else name)
+
+
+def _original_pinpoints(value: object, side: int) -> list[list[int]]:
+    """Read a list of (width, height) pairs, or that list as text, or the first and last grid of tiles of that side: (1x1),...,(6x6)."""
+    if not isinstance(value, str):
+        return _pinpoints("image_grid_pinpoints", value)
+    grids = re.findall(r"\((\d{1,2})x(\d{1,2})\)", value)
+    if grids:
+        (first_cols, first_rows), (last_cols, last_rows) = ((int(cols), int(rows)) for cols, rows in (grids[0], grids[-1]))
+        value = [(cols * side, rows * side) for cols in range(first_cols, last_cols + 1) for rows in range(first_rows, last_rows + 1)]
+    elif re.fullmatch(r"[\[(]\s*([\[(]\s*\d{1,5}\s*,\s*\d{1,5}\s*[\])]\s*(,\s*)?)+[\])]", value):
         numbers = [int(number) for number in re.findall(r"\d+", value)]
-        value = list(zip(numbers[::2], numbers[1::2], strict=False))
+        value = list(zip(numbers[::2], numbers[1::2], strict=True))
+    else:
+        raise ConfigError(f"image_grid_pinpoints must be [(width, height), ...] or (1x1),...,(6x6), got {value[:100]!r}")
     return _pinpoints("image_grid_pinpoints", value)

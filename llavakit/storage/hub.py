@@ -78,11 +78,15 @@ def resolve_model(
     Raises: CheckpointError when it is neither, the hub refuses or cannot be reached, or a folder comes with a revision.
     """
     folder = Path(model)
-    if folder.is_dir():
+    try:
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{str(model)[:100]!r} cannot be opened: {error.strerror}") from error
+    if is_folder:
         if revision is not None:
             raise CheckpointError(f"{model} is a folder on this machine and has no revision {revision}; leave the revision out")
         return folder
-    if folder.is_file() and folder.suffix == _GGUF and revision is None:
+    if is_file and folder.suffix == _GGUF and revision is None:
         return folder
     if folder.exists():
         raise CheckpointError(f"{model} is a file; a model is a folder with config.json and safetensors, or a file *{_GGUF}")

@@ -20,6 +20,7 @@ from llavakit.processing.processor import LlavaProcessor
 from llavakit.types import Conversation
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
+from tests.original_folders import make_original
 from tests.tiny import (
     SIDE,
     family_config,
@@ -61,9 +62,25 @@ def text_alone(write: Callable[[Path], object]) -> Callable[[Path], None]:
     return make
 
 
+def original(kind: str) -> Callable[[Path], None]:
+    """Write original LLaVA's layout without its weights; the tower's config.json, where it is outside, lies in a folder of its own."""
+
+    def make(folder: Path) -> None:
+        made = make_original(folder, kind).path
+        for path in made.iterdir():
+            if path.suffix in (".json", ".model"):
+                path.rename(folder / path.name)
+        shutil.rmtree(made)
+
+    return make
+
+
 KINDS = {
     "1.5": llava_15,
     "1.6": llava_16,
+    "original v1": original("v1"),
+    "original v1.5": original("v1.5"),
+    "original v1.6": original("v1.6 mistral"),
     "text, Llama": text_alone(lambda folder: tiny_tokenizer().save_pretrained(folder)),
     "text, Llama 3": text_alone(llama3_tokenizer_folder),
     "text, Qwen": text_alone(qwen_tokenizer_folder),
@@ -109,7 +126,7 @@ def outcomes(folder: Path, kind: str, choose: Callable[[list[tuple[str, Place, A
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     KINDS[kind](folder)
-    texts = {path.name: path.read_text("utf-8") for path in sorted(folder.glob("*.json"))}
+    texts = {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in sorted(folder.rglob("*.json"))}
     if kind.startswith("1."):
         texts.pop("tokenizer.json", None)  # tokenizer.model is what is read
     cases = [(name, place, value) for name, text in texts.items() for place in places(json.loads(text)) for value in WRONG]

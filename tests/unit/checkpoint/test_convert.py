@@ -213,6 +213,8 @@ def edit(folder: Path, **values: Any) -> None:
 NARROW = {"image_size": 28, "patch_size": 7}
 FAULTS: dict[str, tuple[Callable[[OriginalFolder], object], str]] = {
     "no tower": (lambda made: edit(made.path, mm_vision_tower="/no/such/tower"), "--vision-tower names a folder"),
+    "a tower of a strange kind": (lambda made: edit(made.tower or made.path, vision_config={"model_type": ["x"]}), "is no tower"),
+    "a tower of an endless name": (lambda made: edit(made.path, mm_vision_tower="x" * 5000), "cannot be opened: File name too long"),
     "an unnamed tower": (lambda made: edit(made.path, mm_vision_tower=7), "says? which tower it is|names no mm_vision_tower"),
     "another tower": (lambda made: edit(made.tower or made.path, vision_config={**NARROW, "hidden_size": 48}), "mm_hidden_size"),
     "another projector": (lambda made: edit(made.path, mm_projector_type="mlp3x_gelu"), "missing multi_modal_projector.linear_3"),

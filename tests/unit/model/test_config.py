@@ -49,6 +49,9 @@ HF_15_7B = {  # the fields of llava-hf/llava-1.5-7b-hf's config.json
 }
 
 
+ANYRES = {"model_type": "llava", "mm_hidden_size": 1024, "image_aspect_ratio": "anyres"}
+
+
 def test_the_published_config_fills_in_what_it_leaves_out() -> None:
     config = LlavaConfig.from_dict(HF_15_7B)
     text = config.text_config
@@ -126,7 +129,7 @@ def test_both_names_of_the_image_token() -> None:
         (LlamaConfig, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (LlamaConfig, {"rope_scaling": 4}, "must be a table"),
         (LlamaConfig, {"eos_token_id": [2, -1]}, "eos_token_id[1] must be at least 0"),
-        (LlamaConfig, {"pad_token_id": -1}, "pad_token_id must be at least 0"),
+        (LlamaConfig, {"pad_token_id": -2}, "pad_token_id must be at least 0"),
         (LlamaConfig, {"pretraining_tp": 0}, "pretraining_tp must be from 1"),
         (Qwen2Config, {"use_sliding_window": True}, "use_sliding_window must be one of False"),
         (SiglipVisionConfig, {"image_size": [224, 448]}, "one side of a square"),
@@ -153,6 +156,14 @@ def test_both_names_of_the_image_token() -> None:
         (LlavaConfig, {"tie_word_embeddings": True, "text_config": LlamaConfig()}, "set both or neither"),
         (LlavaConfig, {"model_type": "llava", "mm_hidden_size": 3072}, "mm_hidden_size is 3072"),
         (LlavaConfig, {"model_type": "llava", "mm_hidden_size": 1024, "s2": True}, "s2"),
+        (LlavaConfig, {"model_type": "llava", "mm_hidden_size": 1024, "mm_vision_select_feature": ["patch"]}, "got ['patch']"),
+        (LlavaConfig, {"model_type": ["llava"], "mm_vision_tower": "x"}, "model_type ['llava']"),
+        (LlavaConfig, {"model_type": "llava", "mm_vision_tower": ["x"]}, "must be the name of a tower, got ['x']"),
+        (LlavaConfig, {"model_type": "llava", "mm_vision_tower": "x", "vision_config": 3}, "vision_config must be"),
+        (LlavaConfig, {**ANYRES, "image_grid_pinpoints": "[(336, " + "6" * 5000 + ")]"}, "or (1x1),...,(6x6), got '[(336, 666"),
+        (LlavaConfig, {**ANYRES, "image_grid_pinpoints": "[(336, 672), (672)]"}, "or (1x1),...,(6x6)"),
+        (LlavaConfig, {**ANYRES, "image_grid_pinpoints": "(2x2),...,(1x1)"}, "(height, width) pairs, got []"),
+        (LlavaConfig, {**ANYRES, "image_grid_pinpoints": "(0x1),...,(2x2)"}, "image_grid_pinpoints must be from 1"),
     ],
 )
 def test_wrong_values_name_field_value_and_range(
@@ -253,6 +264,22 @@ def test_pinpoints_may_be_text_and_flat_is_the_merge_of_files_without_one() -> N
     assert (config.image_grid_pinpoints, config.merge, config.has_newline) == ([[672, 336], [336, 672]], "flat", False)
 
 
+@pytest.mark.parametrize("text", ["(1x1),...,(2x3)", "(1x1), (1x2), (2x3)"])
+def test_pinpoints_may_be_the_first_and_the_last_grid_of_tiles(text: str) -> None:
+    """As LLaVA-NeXT reads them: columns from the first to the last, of each all rows."""
+    found = LlavaConfig.from_dict({**ANYRES, "image_grid_pinpoints": text}).to_original_dict()["image_grid_pinpoints"]
+    assert found == [[336, 336], [336, 672], [336, 1008], [672, 336], [672, 672], [672, 1008]]
+
+
+def test_a_padding_of_minus_one_in_a_file_is_none() -> None:
+    assert LlamaConfig.from_dict({"pad_token_id": -1}).pad_token_id is None
+    flat = LlavaConfig.from_dict({"model_type": "llava", "mm_hidden_size": 1024, "pad_token_id": -1})
+    nested = LlavaConfig.from_dict({"pad_token_id": -1, "text_config": {"pad_token_id": -1}})
+    assert [(config.pad_token_id, config.text_config.pad_token_id) for config in (flat, nested)] == [(None, None)] * 2
+    with pytest.raises(ConfigError, match="pad_token_id must be at least 0"):
+        nested.pad_token_id = -1
+
+
 @pytest.mark.parametrize(
     ("scaling", "kept"),
     [
@@ -310,8 +337,12 @@ def test_nulls_are_absent_where_a_field_holds_none() -> None:
     top = ("tie_word_embeddings", "ignore_index", "vision_feature_select_strategy", "text_config", "vision_config", "vision_feature_layer")
     assert LlavaConfig.from_dict(dict.fromkeys(top)) == LlavaConfig()
     flat = {"model_type": "llava", "mm_hidden_size": 1024}
-    for name in ("mm_projector_type", "mm_vision_select_feature", "mm_vision_tower", "mm_vision_select_layer"):
-        assert LlavaConfig.from_dict({**flat, name: None}).text_config == LlavaConfig.from_dict(flat).text_config
+    keys = ("projector_type", "vision_select_feature", "vision_tower", "vision_select_layer", "hidden_size")
+    for name in ("vision_config", *(f"mm_{key}" for key in keys)):
+        assert LlavaConfig.from_dict({"mm_vision_tower": "openai/clip-vit-large-patch14-336", **flat, name: None}).to_original_dict()
+    assert LlavaConfig.from_dict({"text_config": {}, "mm_hidden_size": None}) == LlavaConfig.from_dict({"text_config": {}})
+    small = {**flat, "mm_vision_tower": "openai/clip-vit-large-patch14", "vision_config": None}
+    assert LlavaConfig.from_dict(small).vision_config.image_size == 224
 
 
 @pytest.mark.parametrize(
