@@ -22,6 +22,7 @@ from torch import Tensor
 from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError, shortened
 from llavakit.storage.documents import read_json
+from llavakit.storage.hub import check_inside
 from llavakit.storage.pickle_tensors import PickleFile
 from llavakit.storage.tensors import FilePlace, OpenTensors, TensorFile, TensorSource, TensorSpec
 
@@ -223,8 +224,10 @@ def open_adapter_file(folder: Path, *, allow_pickle: bool) -> OpenTensors:
     """Open an adapter's tensors. Raises: CheckpointError."""
     safe, pickled = (folder / name for name in _FILES)
     if safe.is_file():
+        check_inside(safe, folder)
         return TensorFile(safe)
     if pickled.is_file() and allow_pickle:
+        check_inside(pickled, folder)
         return PickleFile(pickled)
     hint = "only adapter_model.bin, a pickle file; where you trust its origin, set allow_pickle" if pickled.is_file() else "no weights"
     raise CheckpointError(f"the adapter {folder} has {hint}")

@@ -7,6 +7,7 @@ layout may leave its tower where it was published; adapters, deltas and projecto
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,24 +27,31 @@ from llavakit.errors import CheckpointError, shortened
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.storage.documents import read_optional_json
-from llavakit.storage.hub import resolve_model
+from llavakit.storage.hub import check_inside, resolve_model
 from llavakit.storage.pickle_tensors import PICKLE, PickleFile
 from llavakit.storage.tensors import FilePlace, TensorFolder, TensorSource, TensorSpec
 
 __all__ = [
+    "TRAINED_FILES",
     "Part",
     "Sources",
+    "has_weights",
     "is_adapter",
     "kind_of_folder",
     "open_adapter",
     "open_meta",
     "open_parts",
     "open_tower",
+    "open_trained",
     "open_weights",
     "tower_folder",
 ]
 
-_PROJECTOR_FILE, _BESIDE_LORA = "mm_projector.bin", "non_lora_trainables.bin"
+_PROJECTOR_FILE = "mm_projector.bin"
+TRAINED_FILES = (_PROJECTOR_FILE, "non_lora_trainables.bin")
+"""What LLaVA's trainings write beside no whole model."""
+_OF_LLAVA = re.compile(r"(model\.)*(?P<name>mm_projector\..+|image_newline)")
+_BARE = re.compile(r"(\d+\.)?(weight|bias)")
 _MOST_ADAPTERS = 16
 
 
@@ -141,7 +149,24 @@ def open_adapter(folder: Path, model: nn.Module, sources: Sources = Sources()) -
     with contextlib.ExitStack() as files:
         opening = _Opening(files, model, sources)
         adapter = opening.adapter(folder, opening.module_names(folder))
-        yield adapter, tuple(opening.trained(folder, adapter.layout))
+        yield adapter, opening.trained(folder, adapter.layout)
+
+
+@contextlib.contextmanager
+def open_trained(folder: Path, layout: Layout, *, allow_pickle: bool) -> Iterator[tuple[Part, ...]]:
+    """Open what LLaVA's trainings write beside no whole model: mm_projector.bin, non_lora_trainables.bin. Raises: CheckpointError."""
+    found = [folder / name for name in TRAINED_FILES if (folder / name).is_file()]
+    if not found and not is_adapter(folder):
+        raise CheckpointError(f"{folder} has neither weights nor {_PROJECTOR_FILE}")
+    if found and not allow_pickle:
+        raise CheckpointError(f"{found[0]} is a pickle file; where you trust its origin, allow_pickle reads its tensors")
+    with contextlib.ExitStack() as files:
+        parts = []
+        for path in found:
+            check_inside(path, folder)
+            file = files.enter_context(contextlib.closing(PickleFile(path)))
+            parts.append(Part(_View(file, _plain_names(file.specs, path)), layout, folder))
+        yield tuple(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +195,7 @@ class _Opening:
 
     def _original(self, folder: Path, layout: Layout) -> list[Part]:
         """Open original LLaVA's files: whole, a delta, a projector alone, or LoRA with what was trained beside it."""
-        if is_adapter(folder) or not _has_weights(folder):
+        if is_adapter(folder) or not has_weights(folder):
             base = self.sources.base_folder(folder)
             base_layout = layout if kind_of_folder(base) is Kind.ORIGINAL else LANGUAGE_MODEL
             parts = [Part(self._open(base, base_layout), base_layout, base), *self.trained(folder, layout)]
@@ -184,19 +209,9 @@ class _Opening:
             parts.append(Part(self._open(tower, TOWER), TOWER, tower))
         return parts
 
-    def trained(self, folder: Path, layout: Layout) -> list[Part]:
-        """Open what LLaVA's trainings write beside no whole model: mm_projector.bin, non_lora_trainables.bin."""
-        found = [folder / name for name in (_PROJECTOR_FILE, _BESIDE_LORA) if (folder / name).is_file()]
-        if not found and not is_adapter(folder):
-            raise CheckpointError(f"{folder} has neither weights nor {_PROJECTOR_FILE}")
-        if found and not self.sources.allow_pickle:
-            raise CheckpointError(f"{found[0]} is a pickle file; where you trust its origin, allow_pickle reads its tensors")
-        parts = []
-        for path in found:
-            file = PickleFile(path)
-            self.files.callback(file.close)
-            parts.append(Part(_View(file, _plain_names(file.specs)), layout, folder))
-        return parts
+    def trained(self, folder: Path, layout: Layout) -> tuple[Part, ...]:
+        """Open what was trained beside no whole model."""
+        return self.files.enter_context(open_trained(folder, layout, allow_pickle=self.sources.allow_pickle))
 
     def adapter(self, folder: Path, layout: Layout) -> Adapter:
         """Open an adapter, whose modules' names are those of a layout."""
@@ -272,11 +287,26 @@ def _without_doubles(parts: list[Part]) -> list[Part]:
     return [replace(base, tensors=_View(base.tensors, kept)), *others]
 
 
-def _plain_names(names: Collection[str]) -> dict[str, str]:
-    """Return tensors of LLaVA's trainings by the name that each has in a whole model, by the rule of its builder."""
-    shown = {name.removeprefix("base_model."): name for name in names}
-    is_nested = any(name.startswith("model.model.") for name in shown)
-    return {name.removeprefix("model.") if is_nested else name: stored for name, stored in shown.items()}
+def _plain_names(names: Collection[str], path: Path) -> dict[str, str]:
+    """Return the tensors of a file of LLaVA's trainings by the name that each has in a whole model.
+
+    By the rule of its builder, and that of its training for projectors, which may stand behind any wrapper's prefix or, in a file of
+    their own, behind none. Raises: CheckpointError where two have one name.
+    """
+    inner = [name.removeprefix("module.").removeprefix("base_model.") for name in names]
+    is_nested = any(name.startswith("model.model.") for name in inner)
+    shown: dict[str, str] = {}
+    for stored, name in zip(names, inner, strict=True):
+        if (match := _OF_LLAVA.fullmatch(name)) is not None:
+            plain = f"model.{match['name']}"
+        elif path.name == _PROJECTOR_FILE and _BARE.fullmatch(name) is not None:
+            plain = f"model.mm_projector.{name}"
+        else:
+            plain = name.removeprefix("model.") if is_nested else name
+        if plain in shown:
+            raise CheckpointError(f"{stored} and {shown[plain]} in {path} are both {plain}")
+        shown[plain] = stored
+    return shown
 
 
 def open_weights(folder: Path, *, allow_pickle: bool) -> TensorFolder:
@@ -286,7 +316,8 @@ def open_weights(folder: Path, *, allow_pickle: bool) -> TensorFolder:
     return TensorFolder(folder, PICKLE if is_pickle else safe)
 
 
-def _has_weights(folder: Path) -> bool:
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights of its own, safetensors or pickle files."""
     return weight_format(folder).is_in(folder) or PICKLE.is_in(folder)
 
 

@@ -172,6 +172,50 @@ def test_a_projector_alone(tmp_path: Path) -> None:
         LlavaLlamaForCausalLM.from_pretrained(folder, allow_pickle=True)
 
 
+def projector_folder(tmp_path: Path, kind: str, named: Callable[[str], str]) -> tuple[Path, LlavaLlamaForCausalLM]:
+    """Write a projector alone, whose names are told from those in a whole model, beside the folder `vicuna`."""
+    made = make_original(tmp_path, kind)
+    convert(made.path, tmp_path / "vicuna", Conversion(to="text"))
+    weights = original_names({name: weight.detach() for name, weight in made.model.named_parameters()})
+    folder = tmp_path / "pretrained"
+    folder.mkdir()
+    (folder / "config.json").write_text((made.path / "config.json").read_text())
+    torch.save({named(name): weight for name, weight in weights.items() if "mm_projector" in name}, folder / "mm_projector.bin")
+    return folder, made.model
+
+
+@pytest.mark.parametrize("kind", ["v1", "v1.5"])
+@pytest.mark.parametrize(
+    "prefix", ["", "mm_projector.", "model.model.mm_projector.", "base_model.model.model.mm_projector.", "module.model.mm_projector."]
+)
+def test_projectors_have_names_of_many_wrappers(tmp_path: Path, kind: str, prefix: str) -> None:
+    folder, model = projector_folder(tmp_path, kind, lambda name: prefix + name.removeprefix("model.mm_projector."))
+    assert_same(LlavaLlamaForCausalLM.from_pretrained(folder, base=tmp_path / "vicuna", allow_pickle=True).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("layers.0.weight", r"unexpected layers\.0\.weight"), ("resampler.0.weight", "unexpected"), ("mm_projector.0.bias", "are both model")],
+)
+def test_other_names_are_not_taken_for_projectors(tmp_path: Path, name: str, told: str) -> None:
+    folder, _ = projector_folder(tmp_path, "v1.5", lambda stored: name if stored.endswith("mm_projector.0.weight") else stored)
+    with pytest.raises(CheckpointError, match=told):
+        LlavaLlamaForCausalLM.from_pretrained(folder, base=tmp_path / "vicuna", allow_pickle=True)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin", "mm_projector.bin"])
+def test_files_that_lead_outside_are_refused(tmp_path: Path, base: Path, name: str) -> None:
+    folder = tmp_path / "adapter"
+    trained(hf_llama(), r=2, lora_alpha=4, target_modules=["q_proj"]).save_pretrained(folder, safe_serialization="bin" not in name)
+    path = folder / name
+    if not path.exists():
+        torch.save({}, path)
+    path.rename(tmp_path / name)
+    path.symlink_to(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} leads outside"):
+        convert(folder, tmp_path / "new", Conversion(to="adapter", sources=Sources(base=base, allow_pickle=True)))
+
+
 def test_deltas_are_added_exactly(tmp_path: Path) -> None:
     made = make_original(tmp_path, "v1")
     target = {name: weight.half() for name, weight in load_file(made.path / "model.safetensors").items()}
