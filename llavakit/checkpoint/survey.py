@@ -1,6 +1,7 @@
 """What a checkpoint is, told from headers and settings alone: its layout, parts, dtypes, quantisation, and what is odd about it.
 
-Owns: survey and Survey. Refuses: reading weights, and fetching what a model builds on; what lies elsewhere is named.
+Owns: survey and Survey. Refuses: reading weights, and fetching those of what a model builds on; what lies elsewhere is named. The settings
+of a tower that is not one of the published are read where they lie, from the hub too, and those of a base that the caller names.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from llavakit.checkpoint.layouts import LANGUAGE_MODEL, LLAMA, LLAVA_HF, origina
 from llavakit.checkpoint.load import build_core, load_config, load_processor, tied_names
 from llavakit.checkpoint.meta import is_meta_folder
 from llavakit.checkpoint.packed import Unpacked, dense_tensors
-from llavakit.checkpoint.parts import Sources, is_adapter, kind_of_folder, open_meta, open_weights
+from llavakit.checkpoint.parts import (
+    TRAINED_FILES,
+    Part,
+    Sources,
+    has_weights,
+    is_adapter,
+    kind_of_folder,
+    open_meta,
+    open_trained,
+    open_weights,
+)
 from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.config import LlamaConfig
@@ -32,7 +43,8 @@ from llavakit.storage.tensors import SAFETENSORS, TensorSpec
 
 __all__ = ["PartFacts", "Survey", "survey"]
 
-_TOWER, _PROJECTOR, _WORDS, _ADAPTER = "vision_tower", "multi_modal_projector", "language_model", "adapter"
+_TOWER, _PROJECTOR, _WORDS = "vision_tower", "multi_modal_projector", "language_model"
+_ADAPTER, _TRAINED_WHOLE = "adapter", "trained whole"
 _FAMILIES = (
     ("language_model.model.", "names of transformers 4.36 to 4.51, and of later saves"),
     ("model.language_model.", "names of transformers 4.52 and later, in memory"),
@@ -115,6 +127,8 @@ def survey(folder: Path, sources: Sources = Sources()) -> Survey:
         return _survey_meta(folder, sources)
     if is_adapter(folder):
         return _survey_adapter(folder, sources)
+    if kind_of_folder(folder) is Kind.ORIGINAL and not has_weights(folder):
+        return _survey_projector(folder, sources)
     return _survey_whole(folder, sources)
 
 
@@ -164,10 +178,10 @@ def _survey_adapter(folder: Path, sources: Sources) -> Survey:
     is_original = kind_of_folder(folder) is Kind.ORIGINAL
     values = read_optional_json(folder / ADAPTER_CONFIG)
     base = sources.base if sources.base is not None else values.get("base_model_name_or_path")
-    found.builds_on.append(f"the model {base}" if base else "a model that it does not name")
+    found.builds_on.append(_base_name(base))
     with contextlib.closing(open_adapter_file(folder, allow_pickle=sources.allow_pickle)) as adapter:
         specs, files = adapter.specs, [adapter.path.name]
-    beside = [name for name in ("non_lora_trainables.bin",) if (folder / name).is_file()]
+    beside = _beside(folder, sources, found)
     modules = {name.partition(".lora_")[0] for name in specs if ".lora_" in name}
     kind = "DoRA" if values.get("use_dora") else "rsLoRA" if values.get("use_rslora") else "LoRA"
     config = None
@@ -177,10 +191,41 @@ def _survey_adapter(folder: Path, sources: Sources) -> Survey:
     return Survey(
         layout="original LLaVA's LoRA folder" if is_original else "PEFT adapter",
         adapter=f"{kind} of rank {values.get('r')}, alpha {values.get('lora_alpha')}, on {len(modules)} modules",
-        files=(*files, *beside),
-        parts=(_part(_ADAPTER, specs, specs),),
-        dtypes=_dtypes(specs),
+        files=(*files, *(name for name in TRAINED_FILES if (folder / name).is_file())),
+        parts=(_part(_ADAPTER, specs, specs), *([_part(_TRAINED_WHOLE, beside, beside)] if beside else [])),
+        dtypes=_dtypes(specs) + _dtypes(beside),
         builds_on=tuple(found.builds_on),
+        config=config,
+        oddities=tuple(found.oddities),
+    )
+
+
+def _beside(folder: Path, sources: Sources, found: _Findings) -> Mapping[str, TensorSpec]:
+    """Return what was trained whole beside an adapter, or note that it was not looked at."""
+    names = [name for name in TRAINED_FILES if (folder / name).is_file()]
+    if names and not sources.allow_pickle:
+        found.oddities.append(f"{' and '.join(names)}, a pickle file, was not looked at; where you trust its origin, set allow_pickle")
+        return {}
+    with open_trained(folder, LLAVA_HF, allow_pickle=sources.allow_pickle) as parts:
+        return _specs(parts)
+
+
+def _survey_projector(folder: Path, sources: Sources) -> Survey:
+    found, config = _Findings(), None
+    with found.unless_told():
+        config = load_config(folder, sources)
+    layout = LANGUAGE_MODEL if config is None else original_layout(_depth(config))
+    with open_trained(folder, layout, allow_pickle=sources.allow_pickle) as opened:
+        specs = _specs(opened)
+    files = tuple(name for name in TRAINED_FILES if (folder / name).is_file())
+    parts = _parts(_Tensors(specs, specs, (), files, layout), config, found)
+    return Survey(
+        layout="original LLaVA's projector alone",
+        version=_version(Kind.ORIGINAL, config, specs, None),
+        files=files,
+        parts=tuple(parts),
+        dtypes=_dtypes(specs),
+        builds_on=(_base_name(sources.base), f"the vision tower {_tower_name(folder, sources)}"),
         config=config,
         oddities=tuple(found.oddities),
     )
@@ -297,6 +342,10 @@ def _version(kind: Kind | None, config: LlamaConfig | LlavaConfig | None, names:
     return "; ".join(told) or None
 
 
+def _base_name(base: object) -> str:
+    return f"the model {base}" if base else "a model that it does not name"
+
+
 def _tower_name(folder: Path, sources: Sources) -> object:
     values = read_optional_json(folder / "config.json")
     return sources.vision_tower if sources.vision_tower is not None else values.get("mm_vision_tower", values.get("vision_tower"))
@@ -309,6 +358,10 @@ def _depth(config: LlamaConfig | LlavaConfig) -> int:
 def _part(name: str, dense: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> PartFacts:
     num_bytes = sum(specs.get(tensor, spec).num_bytes for tensor, spec in dense.items())
     return PartFacts(name, len(dense), sum(math.prod(spec.shape) for spec in dense.values()), num_bytes)
+
+
+def _specs(parts: Sequence[Part]) -> dict[str, TensorSpec]:
+    return {name: spec for part in parts for name, spec in part.tensors.specs.items()}
 
 
 def _dtypes(specs: Mapping[str, TensorSpec]) -> Counter[str]:

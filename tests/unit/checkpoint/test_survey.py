@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llavakit.checkpoint.parts import Sources
-from llavakit.checkpoint.survey import Survey, survey
+from llavakit.checkpoint.survey import PartFacts, Survey, survey
 from llavakit.cli.main import run
 from llavakit.errors import CheckpointError
 from llavakit.storage.tensors import FilePlace
 from tests.meta_files import MetaLlama
-from tests.original_folders import make_original
+from tests.original_folders import OriginalFolder, make_original
 from tests.packed_folders import RECIPES, quantise_folder
 from tests.tiny import hf_llama, llama, save_llava, tiny_tokenizer
 
@@ -97,6 +97,42 @@ def test_adapters(tmp_path: Path) -> None:
     assert (found.builds_on, names(found), found.config) == (("the model some/base",), {"adapter"}, None)
     hf_llama().save_pretrained(tmp_path / "base")
     assert survey(tmp_path / "adapter", Sources(base=tmp_path / "base")).config is not None
+
+
+def alone(made: OriginalFolder, name: str, prefix: str = "") -> int:
+    """Leave of a folder its projector, in a file of that name; returns how many values that has."""
+    weights = {name: weight for name, weight in load_file(made.path / "model.safetensors").items() if "mm_projector" in name}
+    (made.path / "model.safetensors").unlink()
+    torch.save({prefix + name: weight for name, weight in weights.items()}, made.path / name)
+    return sum(weight.numel() for weight in weights.values())
+
+
+@pytest.mark.parametrize(("kind", "num_tensors"), [("v1", 2), ("v1.5", 4)])
+def test_projectors_alone(tmp_path: Path, kind: str, num_tensors: int) -> None:
+    made = make_original(tmp_path, kind)
+    size = alone(made, "mm_projector.bin")
+    with pytest.raises(CheckpointError, match=r"mm_projector\.bin is a pickle file; where you trust its origin"):
+        survey(made.path)
+    found = survey(made.path, PICKLES)
+    assert (found.layout, found.version, found.files) == ("original LLaVA's projector alone", kind, ("mm_projector.bin",))
+    assert found.parts == (PartFacts("multi_modal_projector", num_tensors, size, 4 * size),)
+    assert found.builds_on == ("a model that it does not name", f"the vision tower {made.tower}")
+    assert (found.dtypes, found.oddities) == ({"float32": num_tensors}, ())
+    assert survey(made.path, Sources(base="lmsys/vicuna", allow_pickle=True)).builds_on[0] == "the model lmsys/vicuna"
+
+
+def test_what_was_trained_beside_an_adapter_is_counted(tmp_path: Path) -> None:
+    made = make_original(tmp_path, "v1.5")
+    size = alone(made, "non_lora_trainables.bin", "base_model.model.")
+    (made.path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2}))
+    save_file({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(1, 64)}, made.path / "adapter_model.safetensors")
+    found = survey(made.path, PICKLES)
+    assert found.files == ("adapter_model.safetensors", "non_lora_trainables.bin")
+    assert found.parts == (PartFacts("adapter", 1, 64, 256), PartFacts("trained whole", 4, size, 4 * size))
+    assert found.dtypes == {"float32": 5}
+    found = survey(made.path)
+    assert [part.name for part in found.parts] == ["adapter"]
+    assert any("non_lora_trainables.bin, a pickle file, was not looked at" in oddity for oddity in found.oddities)
 
 
 @pytest.mark.parametrize("kind", ["GPTQ act-order", "AWQ"])
