@@ -8,8 +8,9 @@ one tensor; NaN and infinite weights are refused, also those that the target dty
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from llavakit.checkpoint.detect import Kind, detect_kind, foreign_kind
 from llavakit.checkpoint.gguf_read import is_gguf
 from llavakit.checkpoint.gguf_settings import gguf_jinja, gguf_processor, gguf_tokenizer, read_gguf_config
 from llavakit.checkpoint.meta import is_meta_folder
-from llavakit.checkpoint.original import original_processor, read_original_config
+from llavakit.checkpoint.original import fit_tower_depth, original_processor, read_original_config
 from llavakit.checkpoint.packed import packing_of_config
-from llavakit.checkpoint.parts import Part, Sources, is_adapter, kind_of_folder, open_meta, open_parts
+from llavakit.checkpoint.parts import Part, Sources, is_adapter, kind_of_folder, open_meta, open_parts, open_weights
 from llavakit.checkpoint.rules import plan_load
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.geometry import num_image_tokens
@@ -36,7 +37,8 @@ from llavakit.processing.tokenizer.fast import LlamaTokenizerFast
 from llavakit.processing.tokenizer.load import has_tokenizer, load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.documents import read_json
-from llavakit.storage.tensors import DTYPES, TensorSource
+from llavakit.storage.pickle_tensors import PICKLE
+from llavakit.storage.tensors import DTYPES, SAFETENSORS, TensorSource
 
 __all__ = [
     "build_core",
@@ -78,10 +80,19 @@ def load_config(folder: Path, sources: Sources = Sources()) -> LlamaConfig | Lla
             case Kind.LLAVA_HF:
                 return LlavaConfig.from_dict(values)
             case Kind.ORIGINAL:
-                return read_original_config(values, sources.vision_tower)
+                return _read_original(folder, values, sources)
         return DECODERS[values["model_type"]].from_dict(values)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_original(folder: Path, values: Mapping[str, Any], sources: Sources) -> LlavaConfig:
+    config = read_original_config(values, sources.vision_tower)
+    has_names = SAFETENSORS.is_in(folder) or (sources.allow_pickle and PICKLE.is_in(folder))
+    if has_names and not config.vision_config.has_cls:
+        with open_weights(folder, allow_pickle=sources.allow_pickle) as files:
+            fit_tower_depth(config, files.specs)
+    return config
 
 
 def _read_meta_config(folder: Path, sources: Sources) -> LlamaConfig:

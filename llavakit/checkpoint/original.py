@@ -1,13 +1,14 @@
 """Original LLaVA's folders: what their config.json means, and the processor that they leave to the code.
 
-Owns: read_original_config, original_processor, write_original, and their parts that a fresh LLaVA is made of.
+Owns: read_original_config, fit_tower_depth, original_processor, write_original, and their parts that a fresh LLaVA is made of.
 Refuses: the folder's name, by which original LLaVA chooses.
 Sources: llava/model/builder.py, clip_encoder.py and mm_utils.py of LLaVA and LLaVA-NeXT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,20 @@ from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.documents import read_json, write_json
 from llavakit.storage.tensors import write_tensors
 
-__all__ = ["build_processor", "default_images", "original_processor", "read_original_config", "read_tower_config", "write_original"]
+__all__ = [
+    "build_processor",
+    "default_images",
+    "fit_tower_depth",
+    "original_processor",
+    "read_original_config",
+    "read_tower_config",
+    "write_original",
+]
 
 _IMAGE_TOKEN = "<image>"
 _MARKS = ("<im_start>", "<im_end>")
 _HALF = (0.5, 0.5, 0.5)
+_TOWER_LAYER = re.compile(r"vision_tower\.vision_model\.encoder\.layers\.(\d{1,4})\.")
 _WHOLE_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """model_type of a tower with its text side -> that of the tower."""
 _CLIP_DEFAULTS = {
@@ -60,6 +70,19 @@ def read_original_config(values: Mapping[str, Any], vision_tower: str | Path | N
     if not config.vision_config.has_cls:
         config.vision_feature_select_strategy = "full"  # nothing is dropped, which transformers calls so
     return config
+
+
+def fit_tower_depth(config: LlavaConfig, names: Iterable[str]) -> None:
+    """Take a SigLIP's last layer out of the config where, of these tensors, that layer alone is missing.
+
+    LLaVA-NeXT's siglip_encoder.py deletes it and hands on the last state of the others, whether mm_vision_select_layer is -1 or -2.
+    """
+    depth, layout = config.vision_config.num_hidden_layers, original_layout(config.projector_depth)
+    matches = (_TOWER_LAYER.match(target) for target in map(layout.target, names) if target is not None)
+    stored = {int(match[1]) for match in matches if match is not None}
+    if stored and stored == set(range(depth - 1)) and config.vision_feature_layer in (-1, -2):
+        config.vision_config.num_hidden_layers = depth - 1
+        config.vision_feature_layer = -1
 
 
 def read_tower_config(folder: Path) -> dict[str, Any]:

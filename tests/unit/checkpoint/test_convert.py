@@ -15,6 +15,7 @@ from llavakit.checkpoint.convert import Conversion, convert
 from llavakit.checkpoint.load import load_config
 from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError, ConfigError
+from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.image import decode_image
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
@@ -208,6 +209,34 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 def edit(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_siglip_without_its_last_layer(tmp_path: Path, layer: int, pickled: bool) -> None:
+    """LLaVA-NeXT deletes the last layer before it trains, and writes config.json as if it were there."""
+    made = make_original(tmp_path, "interleave", tower_inside=True, pickled=pickled)
+    described = {**made.model.config.vision_config.to_dict(), "num_hidden_layers": 4}
+    (tmp_path / "tower" / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": described}))
+    edit(made.path, mm_vision_select_layer=layer)
+    sources = Sources(allow_pickle=pickled)
+    config = load_config(made.path, sources)
+    assert isinstance(config, LlavaConfig)
+    assert (config.vision_config.num_hidden_layers, config.vision_feature_layer, config.feature_depths) == (3, -1, (3,))
+    convert(made.path, tmp_path / "hf", Conversion(sources=sources))
+    convert(tmp_path / "hf", tmp_path / "back", Conversion(to="original"))
+    expected = dict(made.model.named_parameters())
+    assert_same(dict(LlavaLlamaForCausalLM.from_pretrained(tmp_path / "back").named_parameters()), expected)
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 5}, {"num_hidden_layers": 4, "layer": -3}])
+def test_a_siglip_without_more_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
+    made = make_original(tmp_path, "interleave", tower_inside=True)
+    described = {**made.model.config.vision_config.to_dict(), "num_hidden_layers": change["num_hidden_layers"]}
+    (tmp_path / "tower" / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": described}))
+    edit(made.path, mm_vision_select_layer=change.get("layer", -2))
+    with pytest.raises(CheckpointError, match=r"missing vision_tower\.vision_model\.encoder\.layers\.3"):
+        LlavaLlamaForCausalLM.from_pretrained(made.path)
 
 
 NARROW = {"image_size": 28, "patch_size": 7}
