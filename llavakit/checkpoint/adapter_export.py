@@ -39,10 +39,11 @@ _REPLACED = ("exclude_modules", "layers_to_transform", "layers_pattern", "auto_m
 _Place = tuple[TensorSource, str]
 
 
-def export_adapter(source: Path, destination: Path, sources: Sources, *, is_dry: bool = False) -> list[str]:
+def export_adapter(source: Path, destination: Path, sources: Sources, *, hashes: bool = True, is_dry: bool = False) -> list[str]:
     """Write an adapter's folder for transformers' classes, and return the names of its tensors. The base's weights are not read.
 
-    Raises: CheckpointError, ConfigError; StorageError where the destination exists (an empty folder may).
+    hashes writes SHA-256 sums into the manifest. Raises: CheckpointError, ConfigError; StorageError where the destination exists (an empty
+    folder may).
     """
     if not is_adapter(source):
         raise ConfigError(f"{source} is no adapter (it has no {ADAPTER_CONFIG}); only an adapter can be written as one")
@@ -58,7 +59,7 @@ def export_adapter(source: Path, destination: Path, sources: Sources, *, is_dry:
         tensors = export.tensors()
         if not is_dry:
             specs = {name: (file.specs[stored].dtype, file.specs[stored].shape) for name, (file, stored) in tensors.items()}
-            with new_folder(destination) as folder:
+            with new_folder(destination, hashes=hashes) as folder:
                 settings = export.settings(sources.base)
                 write_json(folder / ADAPTER_CONFIG, settings)
                 write_file(folder / ADAPTER_WEIGHTS, specs, ((name, file.read(stored)) for name, (file, stored) in tensors.items()))

@@ -76,6 +76,7 @@ class Conversion:
     dtype: torch.dtype | None = None
     """Of the new weights; None keeps the files'."""
     max_shard_bytes: int = MAX_SHARD_BYTES
+    """Of safetensors; GGUF files are whole, and so are adapters, of which peft reads one file."""
     hashes: bool = True
     """Write SHA-256 sums into the manifest; without them, sizes only, a conversion reads nothing twice."""
     is_dry: bool = False
@@ -110,7 +111,7 @@ def convert(
     """
     _check_kinds(how)
     if how.to == "adapter":
-        return export_adapter(source, destination, how.sources, is_dry=how.is_dry)
+        return export_adapter(source, destination, how.sources, hashes=how.hashes, is_dry=how.is_dry)
     with _open(source, how) as opened:
         plan = _plan(opened, how)
         if how.is_dry:

@@ -78,6 +78,10 @@ def load_config(folder: Path, sources: Sources = Sources()) -> LlamaConfig | Lla
             packing_of_config(values)
         match detect_kind(values):
             case Kind.LLAVA_HF:
+                if sources.vision_tower is not None:
+                    raise CheckpointError(
+                        f"the folder holds its own vision tower, so {sources.vision_tower} would not be used; leave it out"
+                    )
                 return LlavaConfig.from_dict(values)
             case Kind.ORIGINAL:
                 return _read_original(folder, values, sources)

@@ -24,6 +24,7 @@ from llavakit.checkpoint.meta import MetaFolder, is_meta_folder
 from llavakit.checkpoint.packed import Unpacked, dense_tensors, weight_format
 from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError, shortened
+from llavakit.logs import logger
 from llavakit.model.decoder import LlamaDecoder
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.storage.documents import read_optional_json
@@ -53,6 +54,7 @@ TRAINED_FILES = (_PROJECTOR_FILE, "non_lora_trainables.bin")
 _OF_LLAVA = re.compile(r"(model\.)*(?P<name>mm_projector\..+|image_newline)")
 _BARE = re.compile(r"(\d+\.)?(weight|bias)")
 _MOST_ADAPTERS = 16
+_LOG = logger("checkpoint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,8 @@ class _Opening:
             values = read_optional_json(folder / "config.json")
             tower = tower_folder(values, self.sources.vision_tower, allow_pickle=self.sources.allow_pickle)
             parts.append(Part(self._open(tower, TOWER), TOWER, tower))
+        elif self.sources.vision_tower is not None:
+            _LOG.warning("%s holds its own vision tower; the weights of %s are not used", folder, self.sources.vision_tower)
         return parts
 
     def trained(self, folder: Path, layout: Layout) -> tuple[Part, ...]:

@@ -62,7 +62,7 @@ def convert(
     seed
         Seed of a fresh projector's weights; 0 when left out.
     max_shard_size
-        Most bytes of a safetensors file, like 5GB or 200MiB; GGUF files are whole.
+        Most bytes of a safetensors file, like 5GB or 200MiB; GGUF files and adapters are whole.
     revision
         Branch, tag or commit of a hub id.
     allow_pickle

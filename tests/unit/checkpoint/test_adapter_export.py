@@ -19,6 +19,7 @@ from llavakit import LlamaForCausalLM, LlavaLlamaForCausalLM
 from llavakit.checkpoint.convert import Conversion, convert
 from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError, ConfigError
+from llavakit.storage.folder import read_manifest
 from tests.original_folders import make_original, original_names
 from tests.tiny import copy_weights, family_config, hf_family, hf_llama, tiny_processor, tiny_tokenizer
 from tests.unit.checkpoint.test_bases import ADAPTERS, assert_same, merged, trained
@@ -161,6 +162,15 @@ def test_language_models_have_adapters_too(tmp_path: Path) -> None:
     export(tmp_path / "adapter", tmp_path / "new", base=tmp_path / "base")
     assert_same(merged(PeftModel.from_pretrained(hf_llama(), tmp_path / "new")), merged(wrapped))
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "new", base=tmp_path / "base").state_dict(), merged(wrapped))
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_sums_are_written_where_they_are_wanted(tmp_path: Path, oracle: Any, hashes: bool) -> None:
+    trained(oracle, r=2, lora_alpha=4, target_modules=["fc1"]).save_pretrained(tmp_path / "adapter")
+    convert(tmp_path / "adapter", tmp_path / "new", Conversion(to="adapter", hashes=hashes, sources=Sources(base=tmp_path / "base")))
+    manifest = read_manifest(tmp_path / "new")
+    assert manifest is not None
+    assert {entry.sha256 is not None for entry in manifest.values()} == {hashes}
 
 
 def test_biases_that_were_trained(tmp_path: Path, oracle: Any) -> None:

@@ -211,6 +211,14 @@ def edit(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def test_a_tower_that_would_not_be_used_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = make_original(tmp_path, "v1.6")
+    convert(made.path, tmp_path / "hf", Conversion(sources=Sources(vision_tower=tmp_path / "tower")))
+    assert "holds its own vision tower; the weights of" in caplog.text
+    with pytest.raises(CheckpointError, match="holds its own vision tower, so /some/tower would not be used; leave it out"):
+        load_config(tmp_path / "hf", Sources(vision_tower="/some/tower"))
+
+
 @pytest.mark.parametrize("layer", [-1, -2])
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_siglip_without_its_last_layer(tmp_path: Path, layer: int, pickled: bool) -> None:
