@@ -33,7 +33,8 @@ for line in sys.stdin:
     to, destination = line.rstrip("\\n").split(" ", 1)
     child = os.fork()
     if child == 0:
-        convert(Path(sys.argv[1]), Path(destination), Conversion(to=to, max_shard_bytes=4_000_000))
+        how = Conversion(to=to, gguf_type="f32" if to == "gguf" else None, max_shard_bytes=4_000_000)
+        convert(Path(sys.argv[1]), Path(destination), how)
         os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
