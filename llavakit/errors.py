@@ -19,6 +19,7 @@ __all__ = [
     "PromptError",
     "StorageError",
     "TrainingError",
+    "few",
     "shortened",
 ]
 
@@ -67,3 +68,8 @@ def shortened(problems: Sequence[str], most: int = 20) -> list[str]:
     """Return the first of many problems, and how many more there are."""
     more = len(problems) - most
     return [*problems[:most], *([f"and {more} more"] if more > 0 else [])]
+
+
+def few(names: Sequence[str], most: int) -> str:
+    """Return the first of many names, with dots for the rest."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])

@@ -142,20 +142,6 @@ def write_adapter_terms(folder: Path, name: str, base: str | None, origins: Sequ
     (folder / "README.md").write_text(_yaml(values) + "\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def _first_licence(origins: Iterable[Origin]) -> Licence:
-    return next((origin.licence for origin in origins if origin.licence.license is not None), Licence())
-
-
-def _with_licences(folder: Path, origins: Iterable[Origin]) -> tuple[Origin, ...]:
-    """Copy the licence files of all origins, and return these with the names that the files have got."""
-    found = []
-    for origin in origins:
-        names = copy_licences(origin.folder, folder)
-        link = origin.licence.license_link
-        found.append(replace(origin, licence=replace(origin.licence, license_link=names.get(link, link) if link else link)))
-    return tuple(found)
-
-
 def choose_licence(stated: str | None, source: Path | None) -> Licence:
     """Take the licence that the user states, else that of the source folder's card, else its licence file.
 
@@ -186,7 +172,7 @@ def copy_licences(source: Path, folder: Path) -> dict[str, str]:
     Where another text has the name, a number is put to it. A link that leads elsewhere is left out, and that is logged.
     """
     names = {}
-    for path in find_licences(source) if source.is_dir() else ():
+    for path in find_licences(source):
         try:
             check_inside(path, source)
         except CheckpointError as error:
@@ -200,6 +186,20 @@ def copy_licences(source: Path, folder: Path) -> dict[str, str]:
             (folder / taken[text]).write_bytes(text)
         names[path.name] = taken[text]
     return names
+
+
+def _first_licence(origins: Iterable[Origin]) -> Licence:
+    return next((origin.licence for origin in origins if origin.licence.license is not None), Licence())
+
+
+def _with_licences(folder: Path, origins: Iterable[Origin]) -> tuple[Origin, ...]:
+    """Copy the licence files of all origins, and return these with the names that the files have got."""
+    found = []
+    for origin in origins:
+        names = copy_licences(origin.folder, folder)
+        link = origin.licence.license_link
+        found.append(replace(origin, licence=replace(origin.licence, license_link=names.get(link, link) if link else link)))
+    return tuple(found)
 
 
 def _numbered(path: Path, number: int) -> str:

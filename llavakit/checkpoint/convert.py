@@ -22,7 +22,7 @@ from llavakit.checkpoint.card import CardFacts, find_origins, write_terms
 from llavakit.checkpoint.fresh import Fresh, fresh_config, fresh_processor, fresh_projector
 from llavakit.checkpoint.gguf_write import GgufType, gguf_kinds, write_gguf
 from llavakit.checkpoint.hf import MAX_SHARD_BYTES, write_checkpoint
-from llavakit.checkpoint.layouts import LANGUAGE_MODEL
+from llavakit.checkpoint.layouts import LANGUAGE_MODEL, TEXT_PREFIX, VOCABULARY
 from llavakit.checkpoint.load import build_core, load_jinja
 from llavakit.checkpoint.opening import Checkpoint, Need, Weight, open_checkpoint
 from llavakit.checkpoint.original import write_original
@@ -49,8 +49,6 @@ __all__ = ["Conversion", "Output", "convert"]
 
 Output = Literal["hf", "original", "text", "gguf", "adapter"]
 _LOG = logger("checkpoint")
-_TEXT = "language_model."
-_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 _OLD_ROWS = "original_vocab_size"
 """Our key in config.json: the rows before <image> needed one."""
 _MULTIPLE = 64
@@ -198,7 +196,7 @@ def _plan(opened: Checkpoint, how: Conversion) -> _Plan:
     """Decide on names and shapes alone. Raises: CheckpointError, ConfigError."""
     core = build_core(_new_config(opened, how.to))
     kinds = gguf_kinds(core, how.gguf_type or _GGUF_TYPE) if how.to == "gguf" else {}
-    prefix = _TEXT if how.to == "text" and isinstance(opened.config, LlavaConfig) else ""
+    prefix = TEXT_PREFIX if how.to == "text" and isinstance(opened.config, LlavaConfig) else ""
     sources = {name: opened.weights[prefix + name] for name, _ in core.named_parameters() if how.to != "gguf" or name in kinds}
     stored = {name: weight.spec.dtype for name, weight in sources.items()}
     asked = {name: torch.float32 if kind.is_packed else kind.dtype for name, kind in kinds.items()}
@@ -248,7 +246,7 @@ def _read(plan: _Plan, progress: Callable[[int, int], None] | None) -> Iterator[
         elif weight.spec.shape == shapes[name]:
             yield from ((name, piece) for piece in reader.pieces(weight, dtype))
         else:
-            assert name.endswith(_EMBEDDINGS), "only the vocabulary changes its size"
+            assert name.endswith(VOCABULARY), "only the vocabulary changes its size"
             yield name, resized_rows(weight.read(dtype), shapes[name][0])
         done += weight.spec.num_bytes
         if progress is not None:

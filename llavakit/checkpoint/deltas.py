@@ -33,17 +33,7 @@ class Summed:
         problems += [f"{name} is only in the base" for name in others if name not in self.specs and not name.endswith(_CONSTANT)]
         if problems:
             raise CheckpointError(f"the base is not the one that these deltas were taken from: {'; '.join(shortened(problems))}")
-
         self._check_delta()
-
-    def _check_delta(self) -> None:
-        """Check a norm's weights: a whole model's are near the base's, a delta's near nothing. Raises: CheckpointError."""
-        name = next((name for name in self.specs if name.endswith(_NORM) and name in self._base.specs), None)
-        if name is None:
-            return
-        delta, base = self._delta.read(name).float(), self._base.read(name).float()
-        if (delta - base).abs().sum() < 0.5 * delta.abs().sum():
-            raise CheckpointError("these weights are a whole model's, not what is to be added to a base; leave the base out")
 
     def read(self, name: str) -> Tensor:
         """Read one tensor, the base's added."""
@@ -61,6 +51,15 @@ class Summed:
     def in_file_order(self) -> Iterator[str]:
         """Iterate over names in the order that disks like."""
         return self._delta.in_file_order()
+
+    def _check_delta(self) -> None:
+        """Check a norm's weights: a whole model's are near the base's, a delta's near nothing. Raises: CheckpointError."""
+        name = next((name for name in self.specs if name.endswith(_NORM) and name in self._base.specs), None)
+        if name is None:
+            return
+        delta, base = self._delta.read(name).float(), self._base.read(name).float()
+        if (delta - base).abs().sum() < 0.5 * delta.abs().sum():
+            raise CheckpointError("these weights are a whole model's, not what is to be added to a base; leave the base out")
 
     def _fits(self, name: str, others: Mapping[str, TensorSpec]) -> bool:
         if name.endswith(_CONSTANT):

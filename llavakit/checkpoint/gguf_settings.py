@@ -1,6 +1,6 @@
 """What the metadata of GGUF files means: configuration, tokenizer, template and preprocessing.
 
-Owns: read_gguf_config, gguf_processor, gguf_tokenizer.
+Owns: read_gguf_config, gguf_processor, gguf_tokenizer, gguf_jinja.
 Tokenizer and template are put down as the small files that every other layout has, and read from there, by the same rules.
 Two keys are ours: llavakit.template names the conversation template where the chat template's text may be of several, and
 clip.vision.image_aspect_ratio, which llama.cpp's first converter wrote too, says how pictures become square.
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.checkpoint.gguf_read import GgufModel, num_tower_layers, open_gguf
-from llavakit.checkpoint.gguf_tokens import IMAGE_TOKEN, end_ids, role_id, tokenizer_files
-from llavakit.checkpoint.original import original_processor
+from llavakit.checkpoint.gguf_tokens import end_ids, role_id, tokenizer_files
+from llavakit.checkpoint.original import IMAGE_TOKEN, original_processor
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.config import DECODERS, LlamaConfig
 from llavakit.model.llava_config import DEFAULT_PINPOINTS, LlavaConfig, LlavaNextConfig
@@ -36,7 +36,7 @@ from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.documents import json_bytes
 from llavakit.storage.gguf_file import GgufFile
 
-__all__ = ["OUR_TEMPLATE", "gguf_processor", "gguf_tokenizer", "read_gguf_config"]
+__all__ = ["OUR_TEMPLATE", "gguf_jinja", "gguf_processor", "gguf_tokenizer", "read_gguf_config"]
 
 OUR_TEMPLATE = "llavakit.template"
 _RATIOS = ("pad", "square")  # of pictures that are one tile

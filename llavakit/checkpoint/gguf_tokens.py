@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from llavakit.checkpoint.original import IMAGE_TOKEN
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.processing.tokenizer.added_tokens import entry_of_token
 from llavakit.processing.tokenizer.byte_level import ByteLevelPieces
@@ -21,9 +22,8 @@ from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.storage.documents import json_bytes
 from llavakit.storage.gguf_file import GgufFile
 
-__all__ = ["IMAGE_TOKEN", "end_ids", "role_id", "token_values", "tokenizer_files"]
+__all__ = ["end_ids", "role_id", "token_values", "tokenizer_files"]
 
-IMAGE_TOKEN = "<image>"
 _ROLES = {"unk_token": "unknown", "bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
 _USUAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 _SENTENCEPIECE, _BYTE_LEVEL = "llama", "gpt2"

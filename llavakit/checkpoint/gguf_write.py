@@ -26,8 +26,9 @@ from torch import Tensor
 from llavakit.checkpoint.card import choose_licence, copy_licences
 from llavakit.checkpoint.gguf_settings import OUR_TEMPLATE
 from llavakit.checkpoint.gguf_tokens import token_values
-from llavakit.checkpoint.layouts import gguf_layout, gguf_tower_layout
+from llavakit.checkpoint.layouts import TEXT_PREFIX, gguf_layout, gguf_tower_layout
 from llavakit.checkpoint.modelfile import MODELFILE_NAME, modelfile
+from llavakit.checkpoint.opening import Processor, tokenizer_of
 from llavakit.checkpoint.rotary_order import to_pairs
 from llavakit.errors import ConfigError
 from llavakit.logs import logger
@@ -50,7 +51,7 @@ _KINDS = {kind.name.lower(): kind for kind in KINDS.values()}
 _F32, _F16, _Q8_0 = _KINDS["f32"], _KINDS["f16"], _KINDS["q8_0"]
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
 _TOWER_TYPES: Mapping[GgufType, GgufType] = {"f32": "f32", "bf16": "bf16", "f16": "f16", "q8_0": "f16", "q4_0": "f16"}
-_TEXT, _DECODER = "language_model.", "model."
+_DECODER = "model."
 _POST_NORM = "vision_tower.vision_model.post_layernorm."
 _ASPECTS = {"pad": "pad", "anyres": "anyres", "crop": "square", "stretch": "square"}
 _QUANTISATION_VERSION = 2
@@ -65,7 +66,7 @@ def gguf_kinds(core: LlamaCore | LlavaCore, type: GgufType) -> dict[str, GgufKin
     kinds = {}
     is_tied = core.text_config.tie_word_embeddings
     for name, weight in core.named_parameters():
-        is_text = isinstance(core, LlamaCore) or name.startswith(_TEXT)
+        is_text = isinstance(core, LlamaCore) or name.startswith(TEXT_PREFIX)
         kind = _KINDS[type if is_text else _TOWER_TYPES[type]]
         if name.endswith("lm_head.weight") or (is_tied and name.endswith("embed_tokens.weight")):
             kind = _Q8_0 if kind.is_packed else kind
@@ -83,16 +84,16 @@ def write_gguf(
     kinds: Mapping[str, GgufKind],
     tensors: Iterator[tuple[str, Tensor]],
     *,
-    processor: object,
+    processor: Processor,
     source: Path,
     type: GgufType,
 ) -> None:
     """Write the files of a model whose weights come one by one, in the order of kinds. Raises: ConfigError, CheckpointError."""
-    words = processor.tokenizer if isinstance(processor, LlavaProcessor | TextProcessor) else processor
+    words = tokenizer_of(processor)
     assert isinstance(words, LlamaTokenizer | LlamaTokenizerFast), "load_tokenizer knows no other"
     template = processor.template if isinstance(processor, LlavaProcessor | TextProcessor) else None
-    prefix = f"{_TEXT}{_DECODER}" if isinstance(core, LlavaCore) else _DECODER
-    head = f"{_TEXT}lm_head." if isinstance(core, LlavaCore) else "lm_head."
+    prefix = f"{TEXT_PREFIX}{_DECODER}" if isinstance(core, LlavaCore) else _DECODER
+    head = f"{TEXT_PREFIX}lm_head." if isinstance(core, LlavaCore) else "lm_head."
     layout = gguf_layout(core.text_config.num_hidden_layers, prefix, head)
     values = {**_about(source, type), **_text_values(core.text_config), **_token_values(words, template, core.text_config)}
     text = _Output(f"model-{type}.gguf", values, {name: _named(layout.source(name)) for name in kinds if layout.source(name) is not None})

@@ -19,12 +19,18 @@ __all__ = [
     "LLAMA_DECODER",
     "LLAVA_HF",
     "LLAVA_MODULES",
+    "TEXT_PREFIX",
     "TOWER",
+    "VOCABULARY",
     "gguf_layout",
     "gguf_tower_layout",
     "original_layout",
 ]
 
+TEXT_PREFIX = "language_model."
+"""What our names of a LLaVA's language model begin with."""
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+"""What the names of the tables with a row for each token end with."""
 _PROJECTOR, _ORIGINAL_TOWER = "model.mm_projector.", "model.vision_tower.vision_tower."
 _DROPS = (
     Drop(r"(.+\.)?rotary_emb\.inv_freq", "rotary frequencies are computed from the config"),

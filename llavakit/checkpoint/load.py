@@ -51,6 +51,7 @@ __all__ = [
     "load_words",
     "plan_parts",
     "read_weight",
+    "set_weight",
     "tied_names",
 ]
 
@@ -210,12 +211,12 @@ def load_weights(
             for source in part.tensors.in_file_order():
                 target = plan.get((number, source))
                 if target is not None and target not in tied:
-                    _set(model, target, nn.Parameter(read_weight(part.tensors, source, dtype).to(device)))
+                    set_weight(model, target, nn.Parameter(read_weight(part.tensors, source, dtype).to(device)))
         for (number, source), target in plan.items():
             if target in tied:
                 _check_tied(model, source, read_weight(parts[number].tensors, source, dtype), tied[target])
     for name, owner in tied.items():
-        _set(model, name, model.get_parameter(owner))
+        set_weight(model, name, model.get_parameter(owner))
 
 
 def plan_parts(model: nn.Module, parts: Sequence[Part]) -> dict[tuple[int, str], str]:
@@ -270,6 +271,7 @@ def _check_tied(model: nn.Module, source: str, copy: Tensor, owner: str) -> None
         raise CheckpointError(f"{source} differs from {owner}, but the config ties them; set tie_word_embeddings to false to use both")
 
 
-def _set(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+def set_weight(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Put a parameter in a model, by its whole name."""
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, weight)

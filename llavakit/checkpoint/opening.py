@@ -29,11 +29,11 @@ from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.tensors import TensorSpec
 
+__all__ = ["Checkpoint", "Need", "Processor", "Weight", "open_checkpoint", "tokenizer_of"]
+
 Processor = LlavaProcessor | TextProcessor | LlamaTokenizer | LlamaTokenizerFast
 Need = Literal["files", "words", "chat"]
 """What goes along in the HF layout (a language model alone has no more than a tokenizer); the tokenizer alone; a processor that chats."""
-
-__all__ = ["Checkpoint", "Need", "Processor", "Weight", "open_checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Checkpoint:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer."""
-        return self.processor.tokenizer if isinstance(self.processor, LlavaProcessor | TextProcessor) else self.processor
+        return tokenizer_of(self.processor)
 
     @functools.cached_property
     def core(self) -> LlamaCore | LlavaCore:
@@ -100,6 +100,11 @@ def open_checkpoint(
         yield Checkpoint(config, parts, processor)
 
 
+def tokenizer_of(processor: Processor) -> Tokenizer:
+    """Return the tokenizer of a processor, or the tokenizer that stands for one."""
+    return processor.tokenizer if isinstance(processor, LlavaProcessor | TextProcessor) else processor
+
+
 def _processor(folder: Path, config: LlamaConfig | LlavaConfig, sources: Sources, needs: Need) -> Processor:
     if needs == "chat" or (needs == "files" and isinstance(config, LlavaConfig)):
         return load_processor(folder, config, sources=sources)
@@ -108,7 +113,7 @@ def _processor(folder: Path, config: LlamaConfig | LlavaConfig, sources: Sources
 
 def _check_rows(processor: Processor, rows: int) -> None:
     """Check that each token has a row, but for those that are added where there is none. Raises: CheckpointError."""
-    words = processor.tokenizer if isinstance(processor, LlavaProcessor | TextProcessor) else processor
+    words = tokenizer_of(processor)
     added = {processor.image_token_id, words.pad_token_id} if isinstance(processor, LlavaProcessor) else set()
     if any(index not in added for index in range(rows, len(words))):
         raise CheckpointError(f"the tokenizer has {len(words)} tokens, the model has {rows} rows; they do not belong together")

@@ -37,6 +37,7 @@ from llavakit.storage.documents import read_json, write_json
 from llavakit.storage.tensors import write_tensors
 
 __all__ = [
+    "IMAGE_TOKEN",
     "build_processor",
     "default_images",
     "fit_tower_depth",
@@ -46,7 +47,7 @@ __all__ = [
     "write_original",
 ]
 
-_IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN = "<image>"
 _MARKS = ("<im_start>", "<im_end>")
 _HALF = (0.5, 0.5, 0.5)
 _TOWER_LAYER = re.compile(r"vision_tower\.vision_model\.encoder\.layers\.(\d{1,4})\.")
@@ -115,8 +116,8 @@ def build_processor(
 
     That id may lie beyond the embedding: no prompt looks it up. So may that of <pad>, which is added where there is no pad token.
     """
-    words.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]})
-    index = words.find_token(_IMAGE_TOKEN)
+    words.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    index = words.find_token(IMAGE_TOKEN)
     assert index is not None, "it was just added"
     config.image_token_index = index
     if words.pad_token_id is None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llavakit.checkpoint.placement import dtype_name
 from llavakit.errors import CheckpointError, shortened
 from llavakit.ops.quantize.layouts import LAYOUTS, PackedLayout, dequantize, num_groups
 from llavakit.storage.documents import read_json, read_optional_json
@@ -217,4 +218,4 @@ def _described(spec: TensorSpec) -> str:
 
 
 def _named(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return " or ".join(map(dtype_name, dtypes))

@@ -9,7 +9,7 @@ import torch
 
 from llavakit.errors import ConfigError
 
-__all__ = ["WEIGHT_KEYS", "choose_device", "choose_dtype", "common_dtype_name"]
+__all__ = ["WEIGHT_KEYS", "choose_device", "choose_dtype", "common_dtype_name", "dtype_name"]
 
 WEIGHT_KEYS = ("dtype", "torch_dtype", "quantization_config")
 """What config.json says of the weights in its own folder; it is wrong of others."""
@@ -29,7 +29,12 @@ def choose_dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
 
 def common_dtype_name(dtypes: Iterable[torch.dtype]) -> str:
     """Return the name of the narrowest dtype that holds all of them, as config.json states it."""
-    return str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
+    return dtype_name(functools.reduce(torch.promote_types, dtypes))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name as files have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def choose_device(asked: torch.device | str) -> torch.device:

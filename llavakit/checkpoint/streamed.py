@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llavakit.checkpoint.load import set_weight
 from llavakit.checkpoint.opening import Checkpoint, Weight
 from llavakit.model.decoder import TokenEmbedding
 from llavakit.model.linear import LayerNorm, Linear, RMSNorm
@@ -56,15 +57,10 @@ class _Unit:
         """Read the weights."""
         self._empty = dict(module.named_parameters())
         for name in self._empty:
-            _set(module, name, nn.Parameter(self._weights[self._prefix + name].read(self._dtype), requires_grad=False))
+            set_weight(module, name, nn.Parameter(self._weights[self._prefix + name].read(self._dtype), requires_grad=False))
 
     def empty(self, module: nn.Module, _: Any, result: Tensor) -> Tensor:
         """Forget them."""
         for name, parameter in self._empty.items():
-            _set(module, name, parameter)
+            set_weight(module, name, parameter)
         return result
-
-
-def _set(module: nn.Module, name: str, weight: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, weight)

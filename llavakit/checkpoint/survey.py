@@ -31,8 +31,9 @@ from llavakit.checkpoint.parts import (
     open_trained,
     open_weights,
 )
+from llavakit.checkpoint.placement import dtype_name
 from llavakit.checkpoint.rules import Layout
-from llavakit.errors import CheckpointError, ConfigError
+from llavakit.errors import CheckpointError, ConfigError, few
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.processor import LlavaProcessor
@@ -96,10 +97,9 @@ class _Tensors:
     specs: Mapping[str, TensorSpec]
     dense: Mapping[str, TensorSpec]
     """With packed ones as the weights that they stand for."""
-    kinds: Sequence[str]
     files: tuple[str, ...]
-    layout: Layout | None
-    """What names mean; None where they are sorted by their beginnings."""
+    layout: Layout
+    """What names mean."""
     quantisation: str | None = None
 
 
@@ -138,8 +138,7 @@ def _survey_gguf(path: Path, sources: Sources) -> Survey:
         files = [*model.texts, *(() if model.tower is None else (model.tower,))]
         kinds = [kind.name for file in files for kind in file.kinds.values()]
         packed = sorted({kind.name for file in files for kind in file.kinds.values() if kind.is_packed})
-        texts = _Tensors(model.text_specs, model.text_specs, kinds, tuple(file.path.name for file in files), None)
-        parts = [_part(_WORDS, texts.dense, texts.specs)]
+        parts = [_part(_WORDS, model.text_specs, model.text_specs)]
         if model.tower is not None:
             projector = {name: spec for name, spec in model.tower.specs.items() if name.startswith("mm.")}
             tower = {name: spec for name, spec in model.tower.specs.items() if name not in projector}
@@ -151,7 +150,7 @@ def _survey_gguf(path: Path, sources: Sources) -> Survey:
     return Survey(
         layout="GGUF",
         version=f"architecture {model.architecture}",
-        files=texts.files,
+        files=tuple(file.path.name for file in files),
         parts=tuple(parts),
         dtypes=Counter(kinds),
         quantisation=", ".join(packed) or None,
@@ -191,7 +190,7 @@ def _survey_adapter(folder: Path, sources: Sources) -> Survey:
     return Survey(
         layout="original LLaVA's LoRA folder" if is_original else "PEFT adapter",
         adapter=f"{kind} of rank {values.get('r')}, alpha {values.get('lora_alpha')}, on {len(modules)} modules",
-        files=(*files, *(name for name in TRAINED_FILES if (folder / name).is_file())),
+        files=(*files, *_trained_files(folder)),
         parts=(_part(_ADAPTER, specs, specs), *([_part(_TRAINED_WHOLE, beside, beside)] if beside else [])),
         dtypes=_dtypes(specs) + _dtypes(beside),
         builds_on=tuple(found.builds_on),
@@ -202,7 +201,7 @@ def _survey_adapter(folder: Path, sources: Sources) -> Survey:
 
 def _beside(folder: Path, sources: Sources, found: _Findings) -> Mapping[str, TensorSpec]:
     """Return what was trained whole beside an adapter, or note that it was not looked at."""
-    names = [name for name in TRAINED_FILES if (folder / name).is_file()]
+    names = _trained_files(folder)
     if names and not sources.allow_pickle:
         found.oddities.append(f"{' and '.join(names)}, a pickle file, was not looked at; where you trust its origin, set allow_pickle")
         return {}
@@ -214,11 +213,11 @@ def _survey_projector(folder: Path, sources: Sources) -> Survey:
     found, config = _Findings(), None
     with found.unless_told():
         config = load_config(folder, sources)
-    layout = LANGUAGE_MODEL if config is None else original_layout(_depth(config))
+    layout = _original_names(config)
     with open_trained(folder, layout, allow_pickle=sources.allow_pickle) as opened:
         specs = _specs(opened)
-    files = tuple(name for name in TRAINED_FILES if (folder / name).is_file())
-    parts = _parts(_Tensors(specs, specs, (), files, layout), config, found)
+    files = _trained_files(folder)
+    parts = _parts(_Tensors(specs, specs, files, layout), config, found)
     return Survey(
         layout="original LLaVA's projector alone",
         version=_version(Kind.ORIGINAL, config, specs, None),
@@ -241,7 +240,7 @@ def _survey_whole(folder: Path, sources: Sources) -> Survey:
         config = load_config(folder, sources)
     layout = LLAMA if not isinstance(config, LlavaConfig) else LLAVA_HF
     if kind is Kind.ORIGINAL:
-        layout = LANGUAGE_MODEL if config is None else original_layout(_depth(config))
+        layout = _original_names(config)
     tensors = _read_folder(folder, layout, sources)
     parts, tower = _parts(tensors, config, found), _tower_name(folder, sources)
     if kind is Kind.ORIGINAL and _TOWER not in {part.name for part in parts}:
@@ -252,8 +251,9 @@ def _survey_whole(folder: Path, sources: Sources) -> Survey:
     if "auto_map" in values:
         found.oddities.append("config.json names code in the checkpoint (auto_map), which is never run")
     stated = values.get("torch_dtype", values.get("dtype"))
-    if tensors.quantisation is None and isinstance(stated, str) and set(tensors.kinds) != {stated}:
-        found.oddities.append(f"config.json says {stated}, the tensors are {', '.join(sorted(set(tensors.kinds)))}")
+    dtypes = _dtypes(tensors.specs)
+    if tensors.quantisation is None and isinstance(stated, str) and set(dtypes) != {stated}:
+        found.oddities.append(f"config.json says {stated}, the tensors are {', '.join(sorted(dtypes))}")
     processor = None
     if config is not None:
         found.oddities += _misfits(tensors, config, has_tower=not found.builds_on)
@@ -264,7 +264,7 @@ def _survey_whole(folder: Path, sources: Sources) -> Survey:
         version=_version(kind, config, tensors.specs, values.get("transformers_version")),
         files=tensors.files,
         parts=tuple(parts),
-        dtypes=Counter(tensors.kinds),
+        dtypes=dtypes,
         quantisation=tensors.quantisation,
         builds_on=tuple(found.builds_on),
         config=config,
@@ -276,14 +276,12 @@ def _survey_whole(folder: Path, sources: Sources) -> Survey:
 def _read_folder(folder: Path, layout: Layout, sources: Sources) -> _Tensors:
     with open_weights(folder, allow_pickle=sources.allow_pickle) as files:
         dense = dense_tensors(files, folder)
-        kinds = [str(spec.dtype).removeprefix("torch.") for spec in files.specs.values()]
         quantisation = dense.description if isinstance(dense, Unpacked) else None
-        return _Tensors(files.specs, dense.specs, kinds, tuple(files.files), layout, quantisation)
+        return _Tensors(files.specs, dense.specs, tuple(files.files), layout, quantisation)
 
 
 def _parts(tensors: _Tensors, config: LlamaConfig | LlavaConfig | None, found: _Findings) -> list[PartFacts]:
     """Sort tensors by the parts of the model, and note what is left out or unknown."""
-    assert tensors.layout is not None
     sorted_names: dict[str, list[str]] = {}
     reasons: Counter[str] = Counter()
     strange = []
@@ -299,14 +297,13 @@ def _parts(tensors: _Tensors, config: LlamaConfig | LlavaConfig | None, found: _
             sorted_names.setdefault(part, []).append(name)
     found.oddities += [f"{count} tensors are left out: {reason}" for reason, count in reasons.items()]
     if strange:
-        found.oddities.append(f"{len(strange)} tensors are of no known name: {_few(strange)}")
+        found.oddities.append(f"{len(strange)} tensors are of no known name: {few(strange, _LISTED)}")
     parts = [_part(part, {name: tensors.dense[name] for name in names}, tensors.specs) for part, names in sorted_names.items()]
     return sorted(parts, key=lambda part: -part.num_parameters)
 
 
 def _misfits(tensors: _Tensors, config: LlamaConfig | LlavaConfig, *, has_tower: bool) -> list[str]:
     """Compare names and shapes with those of the model that config.json describes."""
-    assert tensors.layout is not None
     core = build_core(config)
     wanted = {name: tuple(weight.shape) for name, weight in core.named_parameters(remove_duplicate=False)}
     stored = {tensors.layout.target(name): spec.shape for name, spec in tensors.dense.items() if tensors.layout.drop_reason(name) is None}
@@ -317,7 +314,7 @@ def _misfits(tensors: _Tensors, config: LlamaConfig | LlavaConfig, *, has_tower:
     found = []
     for what, names in (("are missing", missing), ("are of no place in this model", others), ("have other shapes", shapes)):
         if names:
-            found.append(f"{len(names)} tensors {what}: {_few(names)}")
+            found.append(f"{len(names)} tensors {what}: {few(names, _LISTED)}")
     return found
 
 
@@ -351,8 +348,13 @@ def _tower_name(folder: Path, sources: Sources) -> object:
     return sources.vision_tower if sources.vision_tower is not None else values.get("mm_vision_tower", values.get("vision_tower"))
 
 
-def _depth(config: LlamaConfig | LlavaConfig) -> int:
-    return config.projector_depth if isinstance(config, LlavaConfig) else 0
+def _original_names(config: LlamaConfig | LlavaConfig | None) -> Layout:
+    """Return the names of original LLaVA's files, those of the language model alone where its settings are not known."""
+    return original_layout(config.projector_depth) if isinstance(config, LlavaConfig) else LANGUAGE_MODEL
+
+
+def _trained_files(folder: Path) -> tuple[str, ...]:
+    return tuple(name for name in TRAINED_FILES if (folder / name).is_file())
 
 
 def _part(name: str, dense: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> PartFacts:
@@ -365,8 +367,4 @@ def _specs(parts: Sequence[Part]) -> dict[str, TensorSpec]:
 
 
 def _dtypes(specs: Mapping[str, TensorSpec]) -> Counter[str]:
-    return Counter(str(spec.dtype).removeprefix("torch.") for spec in specs.values())
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    return Counter(dtype_name(spec.dtype) for spec in specs.values())

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llavakit.checkpoint.layouts import TEXT_PREFIX, VOCABULARY
 from llavakit.checkpoint.opening import Checkpoint, Weight, open_checkpoint
 from llavakit.checkpoint.parts import Sources
 from llavakit.checkpoint.streamed import streamed
 from llavakit.config import ModelConfig
-from llavakit.errors import shortened
+from llavakit.errors import few, shortened
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlavaCore
 from llavakit.model.llava_config import LlavaConfig
@@ -36,9 +37,7 @@ from llavakit.world.scenes import draw_scene
 
 __all__ = ["Comparison", "Verification", "verify"]
 
-_TEXT = "language_model."
 _TOWER = "vision_tower.vision_model."
-_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 _QUESTION = "What is in this picture, and what is it next to?"
 _SCENE_SEED = 4
 _SCENE_PX = (420, 260)
@@ -179,8 +178,7 @@ class _Pair:
             if progress is not None:
                 progress(done, total)
         if self.unused:
-            few = ", ".join([*self.unused[:_FEW], *(["..."] if len(self.unused) > _FEW else [])])
-            self.notes.append(f"{len(self.unused)} weights that no answer depends on differ: {few}")
+            self.notes.append(f"{len(self.unused)} weights that no answer depends on differ: {few(self.unused, _FEW)}")
         self.is_alike &= not missing
         self.problems += shortened(missing) + shortened(differing)
 
@@ -189,13 +187,13 @@ class _Pair:
         names = [name for name, _ in checkpoint.core.named_parameters()]
         if not self.is_mixed or not isinstance(checkpoint.config, LlavaConfig):
             return {name: checkpoint.weights[name] for name in names}
-        return {name.removeprefix(_TEXT): checkpoint.weights[name] for name in names if name.startswith(_TEXT)}
+        return {name.removeprefix(TEXT_PREFIX): checkpoint.weights[name] for name in names if name.startswith(TEXT_PREFIX)}
 
     def _difference(self, name: str, weight: Weight, other: Weight) -> str | None:
         """Compare one pair; tables of the vocabulary in the rows that both have."""
         one, two = weight.read(), other.read()
         self.num_tensors += 1
-        if one.shape != two.shape and not (name.endswith(_EMBEDDINGS) and one.shape[1:] == two.shape[1:]):
+        if one.shape != two.shape and not (name.endswith(VOCABULARY) and one.shape[1:] == two.shape[1:]):
             self.is_alike = False
             return f"{name} has shape {list(one.shape)} and {list(two.shape)}"
         if one.shape != two.shape:

@@ -111,14 +111,14 @@ def _fresh(projector: str | None, template: str | None, seed: int | None) -> Fre
 
 
 @contextmanager
-def show_progress() -> Iterator[Callable[[int, int], None]]:
-    """Show bytes and the time left on stderr, where a person looks at it."""
+def show_progress() -> Iterator[Callable[[int, int], None] | None]:
+    """Show bytes and the time left on stderr; None where no person looks at it."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total: None  # noqa: ARG005 - nobody looks
+        yield None
         return
     with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=None)

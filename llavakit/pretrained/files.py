@@ -18,7 +18,7 @@ from llavakit.checkpoint.generation import GenerationDefaults, load_generation
 from llavakit.checkpoint.hf import SideFiles, parse_size, save_folder
 from llavakit.checkpoint.load import load_config, load_weights
 from llavakit.checkpoint.parts import Sources
-from llavakit.checkpoint.placement import choose_device, choose_dtype
+from llavakit.checkpoint.placement import choose_device, choose_dtype, dtype_name
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.surgery import init_weights
 from llavakit.processing.processor import LlavaProcessor
@@ -155,7 +155,7 @@ class PretrainedFiles(nn.Module):
                 config=self.config,
                 class_name=type(self).__name__,
                 num_parameters=self.num_parameters(),
-                dtype=str(self.dtype).removeprefix("torch."),
+                dtype=dtype_name(self.dtype),
                 processor=processor,
                 base_model=source.name if source is not None and source.folder != Path(source.name) else None,
                 licence=choose_licence(license, None if source is None else source.folder),

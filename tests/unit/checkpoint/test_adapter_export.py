@@ -20,9 +20,10 @@ from llavakit.checkpoint.convert import Conversion, convert
 from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.storage.folder import read_manifest
+from tests.folders import assert_same
 from tests.original_folders import make_original, original_names
 from tests.tiny import copy_weights, family_config, hf_family, hf_llama, tiny_processor, tiny_tokenizer
-from tests.unit.checkpoint.test_bases import ADAPTERS, assert_same, merged, trained
+from tests.unit.checkpoint.test_bases import ADAPTERS, merged, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's, of its own making
 FAMILIES: dict[str, Callable[[str], str]] = {

@@ -1,7 +1,7 @@
 """What builds on another folder: LoRA adapters (merged as peft merges), LLaVA's LoRA folders, deltas, projectors alone."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from llavakit.checkpoint.parts import Sources
 from llavakit.cli.main import run
 from llavakit.errors import CheckpointError
 from llavakit.storage.tensors import TensorFolder
+from tests.folders import assert_same, edit_json
 from tests.original_folders import make_original, original_names
 from tests.tiny import family_config, hf_family, hf_llama, llava, tiny_processor, tiny_tokenizer
 
@@ -51,11 +52,6 @@ def trained(model: Any, **options: Any) -> Any:
 
 def merged(wrapped: Any) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in wrapped.merge_and_unload().state_dict().items()}
-
-
-def assert_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    assert set(first) == set(second)
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 @pytest.fixture
@@ -254,8 +250,7 @@ def test_a_whole_model_is_not_added_to_a_base(tmp_path: Path, layout: str) -> No
 
 
 def edit(folder: Path, **values: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    edit_json(folder / "adapter_config.json", **values)
 
 
 def rename(folder: Path, old: str, new: str) -> None:

@@ -1,14 +1,13 @@
 """Original LLaVA's folders: loaded directly, converted both ways bit for bit, answered alike in every layout."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from llavakit import LLM, Conversation, LlamaForCausalLM, LlavaLlamaForCausalLM, LlavaProcessor, SamplingParams
 from llavakit.checkpoint.convert import Conversion, convert
@@ -19,25 +18,15 @@ from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.image import decode_image
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
-from llavakit.storage.tensors import TensorFolder
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
+from tests.folders import assert_same, edit_json, tensors_of
 from tests.original_folders import KINDS, OriginalFolder, make_original
 from tests.originals import original_ids, original_prompt
 from tests.tiny import NUM_PIECES, llava, tiny_processor, tiny_tokenizer
 
 PICTURE = to_png(render(Scene((), Backdrop("plain", (9, 99, 199), (0, 0, 0), 0)), 70, 30))
 GREEDY = SamplingParams(max_tokens=8)
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    with TensorFolder(folder) as files:
-        return {name: files.read(name) for name in files.specs}
-
-
-def assert_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    assert set(first) == set(second)
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def answer(folder: Path, **options: Any) -> Sequence[int]:
@@ -207,8 +196,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 
 def edit(folder: Path, **values: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    edit_json(folder / "config.json", **values)
 
 
 def test_a_tower_that_would_not_be_used_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llavakit.cli.main import run
+from tests.folders import edit_json
 from tests.original_folders import make_original
 from tests.tiny import NUM_PIECES
 
@@ -23,10 +24,6 @@ def change(folder: Path, **tensors: torch.Tensor | None) -> None:
     path = folder / "model.safetensors"
     values = {**load_file(path), **{name.replace("__", "."): tensor for name, tensor in tensors.items()}}
     save_file({name: tensor for name, tensor in values.items() if tensor is not None}, path)
-
-
-def edit(path: Path, **values: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def header(folder: Path, action: Callable[[dict[str, Any]], object]) -> None:
@@ -75,7 +72,7 @@ def _overlapping(values: dict[str, Any]) -> None:
 
 
 def _more_tokens(folder: Path) -> None:
-    edit(folder / "config.json", vocab_size=NUM_PIECES - 10)
+    edit_json(folder / "config.json", vocab_size=NUM_PIECES - 10)
     rows = load_file(folder / "model.safetensors")
     change(folder, **{name: rows[name][: NUM_PIECES - 10] for name in ("model.embed_tokens.weight", "lm_head.weight")})
 

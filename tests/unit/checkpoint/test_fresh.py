@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from llavakit import LLM, Conversation, LlavaLlamaForCausalLM, LlavaProcessor, SamplingParams
 from llavakit.checkpoint.convert import Conversion, Output, convert
@@ -23,9 +23,9 @@ from llavakit.errors import CheckpointError, ConfigError
 from llavakit.processing.chat import TEMPLATES
 from llavakit.processing.image import decode_image
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
-from llavakit.storage.tensors import TensorFolder
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
+from tests.folders import edit_json, tensors_of
 from tests.meta_files import MetaLlama
 from tests.tiny import NUM_PIECES, SIDE, decoder_config, hf_decoder, llama3_tokenizer_folder, scale_weights, tiny_tokenizer
 
@@ -71,11 +71,6 @@ def save_decoder(folder: Path, kind: str = "llama", **values: Any) -> Path:
     hf_decoder(config).save_pretrained(folder)
     LlamaTokenizer(tiny_tokenizer().files()["tokenizer.model"]).save_pretrained(folder)
     return folder
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    with TensorFolder(folder) as files:
-        return {name: files.read(name) for name in files.specs}
 
 
 def build(tmp_path: Path, tower: str = "CLIP's tower", decoder: str = "llama", *, images: dict[str, Any] | None = None, **how: Any) -> Path:
@@ -203,14 +198,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "for a fresh LLaVA" in capsys.readouterr().err
 
 
-def edit(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
 FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
-    "no tower": (lambda tower: edit(tower / "config.json", model_type="bert"), {}, "holds a 'bert', which is no tower"),
-    "other pictures": (lambda tower: edit(tower / "preprocessor_config.json", crop_size=21, size=21), {}, "of 21 pixels, the tower takes"),
-    "another tower's weights": (lambda tower: edit(tower / "config.json", num_hidden_layers=5), {}, "missing vision_tower"),
+    "no tower": (lambda tower: edit_json(tower / "config.json", model_type="bert"), {}, "holds a 'bert', which is no tower"),
+    "other pictures": (
+        lambda tower: edit_json(tower / "preprocessor_config.json", crop_size=21, size=21),
+        {},
+        "of 21 pixels, the tower takes",
+    ),
+    "another tower's weights": (lambda tower: edit_json(tower / "config.json", num_hidden_layers=5), {}, "missing vision_tower"),
     "no such projector": (lambda tower: None, {"projector": "cube"}, "mm_projector_type must be"),
     "widths that differ": (lambda tower: None, {"projector": "identity"}, "identity needs features as wide"),
     "another tokenizer's template": (lambda tower: None, {"template": TEMPLATES["qwen"]}, "which the tokenizer lacks"),

@@ -128,20 +128,19 @@ def _renamed(folder: Path, exact: Path, prefixes: Mapping[str, str]) -> Source:
     return Source(folder)
 
 
+IN_MEMORY = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+
+
 def llava_hf_in_memory_names(folder: Path, exact: Path) -> Source:
-    names = {
-        "language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head.",
-        "vision_tower.vision_model.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector.",
-    }  # fmt: skip
-    return _renamed(folder, exact, names)
+    return _renamed(folder, exact, {**IN_MEMORY, "vision_tower.vision_model.": "model.vision_tower."})
 
 
 def llava_hf_names_of_4_52(folder: Path, exact: Path) -> Source:
-    names = {
-        "language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head.",
-        "vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector.",
-    }  # fmt: skip
-    return _renamed(folder, exact, names)
+    return _renamed(folder, exact, {**IN_MEMORY, "vision_tower.": "model.vision_tower."})
 
 
 def llava_hf_names_of_5(folder: Path, exact: Path) -> Source:

@@ -16,6 +16,7 @@ from llavakit.checkpoint.survey import PartFacts, Survey, survey
 from llavakit.cli.main import run
 from llavakit.errors import CheckpointError
 from llavakit.storage.tensors import FilePlace
+from tests.folders import edit_json
 from tests.meta_files import MetaLlama
 from tests.original_folders import OriginalFolder, make_original
 from tests.packed_folders import RECIPES, quantise_folder
@@ -36,10 +37,6 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         read_into(place, data, offset)
 
     monkeypatch.setattr(FilePlace, "read_into", refuse)
-
-
-def edit(path: Path, **values: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def names(found: Survey) -> set[str]:
@@ -72,7 +69,7 @@ def test_original_folders(tmp_path: Path, kind: str, version: str, pickled: bool
 
 def test_an_original_folder_whose_tower_is_nowhere(tmp_path: Path) -> None:
     made = make_original(tmp_path, "v1.5")
-    edit(made.path / "config.json", mm_vision_tower="/no/such/tower")
+    edit_json(made.path / "config.json", mm_vision_tower="/no/such/tower")
     found = survey(made.path)
     assert found.config is None
     assert found.builds_on == ("the vision tower /no/such/tower",)
@@ -91,7 +88,7 @@ def test_metas_files(tmp_path: Path) -> None:
 def test_adapters(tmp_path: Path) -> None:
     wrapped = get_peft_model(hf_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_rslora=True))
     wrapped.save_pretrained(tmp_path / "adapter")
-    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="some/base")
+    edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="some/base")
     found = survey(tmp_path / "adapter")
     assert (found.layout, found.adapter) == ("PEFT adapter", "rsLoRA of rank 4, alpha 8, on 4 modules")
     assert (found.builds_on, names(found), found.config) == (("the model some/base",), {"adapter"}, None)
@@ -176,10 +173,13 @@ ODDITIES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "names": (_other_names, ("1 tensors are of no known name: strange.weight", "1 tensors are missing: language_model.model.norm.weight")),
     "shapes": (_narrow, ("1 tensors have other shapes: language_model.model.norm.weight [7], expected [64]",)),
     "another dtype": (
-        lambda folder: edit(folder / "config.json", torch_dtype="float16"),
+        lambda folder: edit_json(folder / "config.json", torch_dtype="float16"),
         ("config.json says float16, the tensors are float32",),
     ),
-    "code": (lambda folder: edit(folder / "config.json", auto_map={"AutoModel": "x.Y"}), ("config.json names code in the checkpoint",)),
+    "code": (
+        lambda folder: edit_json(folder / "config.json", auto_map={"AutoModel": "x.Y"}),
+        ("config.json names code in the checkpoint",),
+    ),
     "no tokenizer": (
         _no_tokenizer,
         ("tokenizer.model; copy the checkpoint's sentencepiece model there",),

@@ -20,6 +20,7 @@ from llavakit.cli.main import run
 from llavakit.errors import CheckpointError
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.ops.attention import Packed
+from tests.folders import edit_json
 from tests.meta_files import MetaLlama
 from tests.original_folders import KINDS, make_original
 from tests.tiny import VARIANTS, llama, save_llava
@@ -38,10 +39,6 @@ def change(folder: Path, name: str, action: Callable[[Tensor], Tensor]) -> None:
     tensors = load_file(path)
     tensors[name] = action(tensors[name]).contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def edit(path: Path, **values: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,28 +92,33 @@ def test_another_dtype_is_as_close_as_asked(tmp_path: Path, original: Path) -> N
 
 
 def _no_layer(folder: Path) -> None:
-    edit(folder / "config.json", text_config={**json.loads((folder / "config.json").read_text())["text_config"], "num_hidden_layers": 1})
+    edit_json(
+        folder / "config.json", text_config={**json.loads((folder / "config.json").read_text())["text_config"], "num_hidden_layers": 1}
+    )
     path = folder / "model.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if ".layers.1." not in name or "vision" in name}, path)
 
 
 def _eps(folder: Path) -> None:
-    edit(folder / "config.json", text_config={**json.loads((folder / "config.json").read_text())["text_config"], "rms_norm_eps": 0.1})
+    edit_json(folder / "config.json", text_config={**json.loads((folder / "config.json").read_text())["text_config"], "rms_norm_eps": 0.1})
 
 
 def _darker(folder: Path) -> None:
-    edit(folder / "preprocessor_config.json", image_mean=[0.4, 0.4, 0.4])
+    edit_json(folder / "preprocessor_config.json", image_mean=[0.4, 0.4, 0.4])
     path = folder / "processor_config.json"
     values = json.loads(path.read_text())
     if "image_processor" in values:
-        edit(path, image_processor={**values["image_processor"], "image_mean": [0.4, 0.4, 0.4]})
+        edit_json(path, image_processor={**values["image_processor"], "image_mean": [0.4, 0.4, 0.4]})
 
 
 OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "fewer layers": (_no_layer, r"only the first has language_model\.model\.layers\.1\."),
     "another setting": (_eps, "logits differ by up to"),
     "other pixels": (_darker, "the same picture becomes other pixels"),
-    "another template": (lambda folder: edit(folder / "processor_config.json", llavakit_template="v0"), "becomes other tokens from number"),
+    "another template": (
+        lambda folder: edit_json(folder / "processor_config.json", llavakit_template="v0"),
+        "becomes other tokens from number",
+    ),
 }
 
 
@@ -135,7 +137,7 @@ def test_without_logits_a_setting_that_decides_results_is_a_problem(tmp_path: Pa
     found: Verification = verify(original, tmp_path / "hf", Comparison(runs_models=False))
     assert found.problems == ("text_config.rms_norm_eps is 1e-05 and 0.1",)
     assert found.max_logit_difference is None
-    edit(tmp_path / "hf" / "config.json", text_config={**_text(tmp_path / "hf"), "rms_norm_eps": 1e-5, "initializer_range": 0.5})
+    edit_json(tmp_path / "hf" / "config.json", text_config={**_text(tmp_path / "hf"), "rms_norm_eps": 1e-5, "initializer_range": 0.5})
     assert verify(original, tmp_path / "hf", Comparison(runs_models=False)).is_same
 
 
@@ -144,7 +146,7 @@ def test_what_shows_in_long_prompts_alone_is_a_problem(tmp_path: Path, name: str
     original = make_original(tmp_path / "made", "v1.6 mistral").path
     convert(original, tmp_path / "hf")
     text = {key: kept for key, kept in _text(tmp_path / "hf").items() if key != "rope_parameters"}
-    edit(tmp_path / "hf" / "config.json", text_config={**text, name: value})
+    edit_json(tmp_path / "hf" / "config.json", text_config={**text, name: value})
     found = verify(original, tmp_path / "hf", Comparison(logits_atol=1e9))
     assert len(found.problems) == 1
     assert ("window" if name == "sliding_window" else name) in found.problems[0]
@@ -195,7 +197,7 @@ def test_the_command_checks_a_manifest(tmp_path: Path, original: Path, capsys: p
         file.seek(-1, 2)
         file.write(b"\x01")
     listed = json.loads((tmp_path / "hf" / "manifest.json").read_text())["files"]
-    edit(tmp_path / "hf" / "manifest.json", files={**listed, "../x": {"bytes": 1, "sha256": ""}})
+    edit_json(tmp_path / "hf" / "manifest.json", files={**listed, "../x": {"bytes": 1, "sha256": ""}})
     assert run(["verify", "--manifest", str(tmp_path / "hf")]) == 1
     told = capsys.readouterr().out
     assert "problem: model.safetensors has other contents than when it was saved\nproblem: ../x lies outside the folder\n" in told
