@@ -25,7 +25,7 @@ __all__ = ["write_examination"]
 
 _SHARES: Mapping[Condition, float] = {"plain": 0.6, "held_out": 0.4, "jpeg": 0.2, "wide": 0.2, "shuffled": 0.1}
 """Scenes of each condition as a share of the number asked for; plain and held_out make up the unseen scenes."""
-_BATCH = 48
+_BATCH = 128
 _NUM_SHOWN = 6
 
 

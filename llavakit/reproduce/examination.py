@@ -6,6 +6,7 @@ Invariant: questions and pictures depend on the seed alone; seeds of training ne
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections import Counter, defaultdict
@@ -36,7 +37,7 @@ _FIRST_SEED = 1 << 60  # training draws its scenes from seeds far below
 _SIDE_PX = 256
 _QUESTIONS_PER_SCENE = 2
 _MAX_TOKENS = 200
-_BATCH = 48
+_BATCH = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,14 @@ class _Item:
     shown: Scene
 
     def image(self) -> bytes:
-        if self.condition == "jpeg":
-            return to_jpeg(render(self.shown, 640, 480))
-        return to_png(render(self.shown, round(_SIDE_PX * self.shown.aspect), _SIDE_PX))
+        return _picture(self.shown, self.condition)
+
+
+@functools.lru_cache(maxsize=1)  # a scene's questions follow one another
+def _picture(scene: Scene, condition: Condition) -> bytes:
+    if condition == "jpeg":
+        return to_jpeg(render(scene, 640, 480))
+    return to_png(render(scene, round(_SIDE_PX * scene.aspect), _SIDE_PX))
 
 
 def examine(llm: LLM, scenes: Mapping[Condition, int], journal: Path, *, seed: int = 0) -> list[Mark]:
