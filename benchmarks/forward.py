@@ -1,8 +1,8 @@
 """How fast prefill and decode are next to transformers: a random Llama of 1.1 thousand million parameters.
 
-Ours is the generation loop that every command uses; transformers runs forward passes over its own cache and takes the most likely
-token, without generate's bookkeeping, once with its fused and once with its plain attention, and the faster one counts. Both sides
-hold the very same weights in memory. A round's decode is its median step, so that a neighbour's burst counts once.
+Ours is the engine as every command uses it; transformers runs forward passes over its own cache and takes the most likely token, without
+generate's bookkeeping, once with its fused and once with its plain attention, and the faster one counts. Both sides have the same
+weights. A round's decode is its median step, so that a neighbour's burst counts once.
 Each row must reach a ratio of 0.97. Run: python -m benchmarks.forward [--device cuda] [--rounds 15]
 """
 
@@ -22,11 +22,12 @@ from transformers import LlamaConfig as HfLlamaConfig
 from transformers import LlamaForCausalLM as HfLlama
 
 from benchmarks.harness import alternate, write_result
-from llavakit.engine.loop import run_requests
+from llavakit.engine.engine import Engine, EngineSettings
 from llavakit.engine.request import Request, Terms
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlamaCore
-from llavakit.model.surgery import init_weights
+from llavakit.model.surgery import fuse, init_weights
+from llavakit.ops.paged import PAGE
 from llavakit.processing.processor import Prompt
 from llavakit.types import SamplingParams
 
@@ -47,6 +48,8 @@ def main() -> int:
     for dtype in DTYPES:
         core = random_core(dtype, options.device)
         peers = {f"transformers {kind}": twin_of(core, kind) for kind in ("sdpa", "eager")}
+        if options.device == "cpu":
+            fuse(core, dtype)
         for num_rows, num_tokens, steps in CASES:
             ids = torch.randint(3, 32000, (num_rows, num_tokens), generator=torch.Generator().manual_seed(0))
             runs = {name: their_run(peer, ids.to(options.device), steps) for name, peer in peers.items()}
@@ -90,18 +93,21 @@ def twin_of(core: LlamaCore, attention: str) -> HfLlama:
 def our_run(core: LlamaCore, ids_BS: torch.Tensor, steps: int) -> Callable[[], Sequence[float]]:
     """Return a run that gives the seconds of the prefill and of one decode step."""
     params = SamplingParams(max_tokens=steps + 1, ignore_eos=True)
+    num_rows, num_tokens = ids_BS.shape
+    num_blocks = num_rows * -(-(num_tokens + steps + 1) // PAGE)
+    engine = Engine(core, EngineSettings(num_blocks=num_blocks, max_batch=num_rows, step_tokens=num_rows * num_tokens, prefix_cache=False))
 
     def run() -> Sequence[float]:
         prompts = [Prompt(tuple(row), (False,) * len(row), NO_TILES) for row in ids_BS.tolist()]
         requests = [Request(prompt, params, Terms(context_len=CONTEXT, end_ids=frozenset())) for prompt in prompts]
         start = time.perf_counter()
-        events = run_requests(core, requests)
+        for request in requests:
+            engine.add(request)
         times = [start]
         for _ in range(steps + 1):
-            for _ in requests:
-                next(events)
+            assert len(engine.step()) == num_rows
             times.append(time.perf_counter())
-        assert next(events, None) is None
+        assert not engine.has_work
         return _prefill_and_step(times)
 
     return run

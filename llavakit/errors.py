@@ -1,7 +1,7 @@
 """Every error that llavakit raises on purpose.
 
 Owns: the exception tree, and how long lists of problems are told. Invariant: each message says what was expected, what came, and the fix.
-The command line maps the five families to exit codes (cli/main); everything else is a bug.
+The command line maps the five families to exit codes (cli/exits); everything else is a bug.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ __all__ = [
     "ImageError",
     "InputError",
     "LlavaError",
+    "NumericError",
     "PromptError",
     "StorageError",
     "TrainingError",
@@ -58,6 +59,10 @@ class DataError(InputError):
 
 class CapacityError(LlavaError):
     """The machine lacks the memory, disk or context length that the request needs."""
+
+
+class NumericError(LlavaError):
+    """A model's numbers are not finite: its weights or its input are out of range."""
 
 
 class TrainingError(LlavaError):

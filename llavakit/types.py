@@ -7,8 +7,8 @@ Refuses: torch, PIL, URLs and paths (media is bytes here; edges turn paths into 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from llavakit.errors import PromptError
@@ -22,10 +22,13 @@ __all__ = [
     "Part",
     "Role",
     "SamplingParams",
+    "Scored",
     "TextPart",
+    "TokenLogprob",
     "Usage",
 ]
 
+_MOST_LOGPROBS = 100
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -130,6 +133,12 @@ class SamplingParams:
     """Divide the positive logits of tokens that occurred, prompt included, and multiply the negative ones; 1 is off."""
     no_repeat_ngram_size: int = 0
     """Never repeat so many tokens in a row, prompt included; 0 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer holds already; negative values favour them."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit as often as the answer holds it."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
     min_tokens: int = 0
     """Tokens before the answer may end by itself."""
     n: int = 1
@@ -148,6 +157,16 @@ class SamplingParams:
     """Token ids that end the answer besides the model's own end token."""
     ignore_eos: bool = False
     """Continue past the end token (benchmarks)."""
+    logprobs: int | None = None
+    """Return each token's log probability under the model, before penalties and temperature, with so many of the likeliest ones."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, except the first."""
+    json_schema: str | None = None
+    """JSON text of a schema that the answer follows; "{}" is any JSON value."""
+    regex: str | None = None
+    """Regular expression that the whole answer matches."""
+    choices: tuple[str, ...] = ()
+    """Texts of which the answer is one."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -164,6 +183,7 @@ class SamplingParams:
             raise PromptError(
                 f"no_repeat_ngram_size and min_tokens must be 0 or more, got {self.no_repeat_ngram_size} and {self.min_tokens}"
             )
+        self._check_scores()
         self._check_answers()
         if self.top_k < 0:
             raise PromptError(f"top_k must be 0 (off) or more, got {self.top_k}")
@@ -174,12 +194,35 @@ class SamplingParams:
         if any(token < 0 for token in self.stop_token_ids):
             raise PromptError(f"stop_token_ids must not be negative, got {self.stop_token_ids}")
 
+    def _check_scores(self) -> None:
+        """Check what changes, reports or limits scores."""
+        for name, value in (("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)):
+            if not (math.isfinite(value) and -100 <= value <= 100):
+                raise PromptError(f"{name} must be a number from -100 to 100, got {value}")
+        for token, bias in self.logit_bias.items():
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0 or not math.isfinite(bias):
+                raise PromptError(f"logit_bias maps token ids to numbers, got {token!r}: {bias!r}")
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None and not 0 <= count <= _MOST_LOGPROBS:
+                raise PromptError(f"{name} must be from 0 to {_MOST_LOGPROBS}, got {count}")
+        if (self.json_schema is not None) + (self.regex is not None) + bool(self.choices) > 1:
+            raise PromptError("an answer follows a json_schema, a regex or choices; give one of them")
+        if any(not choice for choice in self.choices):
+            raise PromptError("a choice must not be empty")
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the answer's form is prescribed."""
+        return self.json_schema is not None or self.regex is not None or bool(self.choices)
+
     def _check_answers(self) -> None:
         """Check how many answers are asked for, and how they are searched."""
         if self.n < 1 or self.num_beams < 1:
             raise PromptError(f"n and num_beams must be at least 1, got {self.n} and {self.num_beams}")
         if self.num_beams > 1 and self.n > self.num_beams:
             raise PromptError(f"a search of {self.num_beams} beams gives at most as many answers, got n={self.n}")
+        if self.num_beams > 1 and (self.is_constrained or self.logprobs is not None or self.prompt_logprobs is not None):
+            raise PromptError("a beam search neither follows a form nor reports log probabilities; set num_beams to 1")
         if self.num_beams > 1 and self.temperature > 0:
             raise PromptError("a beam search draws nothing; set temperature to 0")
         if self.num_beams == 1 and self.n > 1 and self.temperature == 0:
@@ -199,6 +242,15 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural log probability, and the likeliest tokens at its place with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One finished answer: ids hold the end token where it was produced, text never does."""
 
@@ -210,3 +262,34 @@ class Completion:
     """The further answers, where more than one was asked for; the best of a beam search comes first."""
     score: float | None = None
     """Of a beam search: log probability over length to the length_penalty."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One per id, where they were asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """One per prompt id but the first, where they were asked for."""
+    error: str | None = None
+    """Why there is no whole answer, with finish_reason "error"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """How likely a given answer is."""
+
+    text: str
+    logprob: float
+    """Of the whole answer, its end included: the sum over its tokens."""
+    share: float
+    """Its probability among the candidates: theirs add up to 1."""
+    tokens: tuple[TokenLogprob, ...]
+
+    @property
+    def mean_logprob(self) -> float:
+        """The log probability per token, which does not favour short answers."""
+        return self.logprob / len(self.tokens)
+
+    @classmethod
+    def of(cls, candidates: Sequence[str], logprobs: Sequence[Sequence[TokenLogprob]]) -> list[Scored]:
+        """Score candidates, in their order, by the log probabilities of their tokens."""
+        sums = [math.fsum(token.logprob for token in tokens) for tokens in logprobs]
+        weights = [math.exp(total - max(sums)) for total in sums]
+        scored = zip(candidates, sums, weights, logprobs, strict=True)
+        return [cls(text, total, weight / math.fsum(weights), tuple(tokens)) for text, total, weight, tokens in scored]

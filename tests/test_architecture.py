@@ -28,7 +28,7 @@ LAYERS = {
 NO_TORCH = {"errors", "types", "geometry", "config", "logs"}
 HEAVY = {"torch", "numpy", "PIL", "transformers", "safetensors", "sentencepiece", "tokenizers"}
 ORACLES = {"transformers", "peft", "openai", "bitsandbytes"}
-OPTIONAL = {"gguf": {"storage/gguf_file.py"}}
+OPTIONAL = {"gguf": {"storage/gguf_file.py"}, "llguidance": {"engine/constraint.py"}}
 ESCAPES = {"importlib", "__import__", "pickle", "dill", "marshal", "eval", "exec", "compile", "import_module"}
 HARMLESS = {"importlib.metadata.version", "pickle.UnpicklingError"}
 BAD_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
@@ -99,7 +99,7 @@ def escape_complaints(name: str, tree: ast.Module) -> list[str]:
 
 
 def except_complaints(name: str, tree: ast.Module) -> list[str]:
-    edges = {"cli/exits.py"}
+    edges = {"cli/exits.py", "engine/engine.py"}
     complaints = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler):

@@ -231,13 +231,13 @@ def copy_weights(oracle: torch.nn.Module, ours: _Model, layout: Layout | None = 
 
 
 def scale_weights(model: _Model, seed: int = 0) -> _Model:
-    """Draw matrices anew with unit scale: embeddings with variance 1, products that keep the variance; biases a third of that."""
+    """Draw matrices anew with unit scale: embeddings with variance 1, products that keep the variance; biases and vectors a third."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
                 weight.normal_(0.0, 1.0 if weight.shape[0] == VOCAB else weight[0].numel() ** -0.5, generator=generator)
-            elif name.endswith((".bias", "image_newline")):
+            elif name.endswith((".bias", "image_newline", "class_embedding")):
                 weight.normal_(0.0, 0.3, generator=generator)
     return model
 

@@ -281,7 +281,7 @@ def _code(facts: CardFacts) -> str:
         return f'from llavakit import {facts.class_name}\n\nmodel = {facts.class_name}.from_pretrained("{facts.name}")'
     return (
         "from pathlib import Path\n\nfrom llavakit import LLM, Conversation\n\n"
-        f'llm = LLM.load("{facts.name}")\n'
+        f'llm = LLM("{facts.name}")\n'
         f'print(llm.chat(Conversation.ask("{_QUESTION}", Path("picture.jpg").read_bytes())).text)'
     )
 

@@ -26,8 +26,11 @@ def doctor(*, json: bool = False) -> None:
     """
     import torch
 
+    from llavakit.ops.cpu.library import load_kernels
+    from llavakit.ops.memory import free_memory
+
     has_cuda = torch.cuda.is_available()
-    memory = torch.cuda.mem_get_info()[0] if has_cuda else _free_memory()
+    memory = free_memory(torch.device("cuda" if has_cuda else "cpu"))
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -35,6 +38,7 @@ def doctor(*, json: bool = False) -> None:
         "device": torch.cuda.get_device_name() if has_cuda else "cpu",
         "free memory": f"{memory / _GIB:.1f} GiB",
         "compiler": shutil.which("cc") or "none",
+        "cpu kernels": "torch's own" if load_kernels() is None else "ours, compiled",
         **{name: version(name) for name in _PACKAGES},
         "will run": _fitting(memory),
     }
@@ -42,16 +46,6 @@ def doctor(*, json: bool = False) -> None:
         sys.stdout.write(json_format.dumps(facts, indent=2) + "\n")
     else:
         sys.stdout.write("".join(f"{name:16} {value}\n" for name, value in facts.items()))
-
-
-def _free_memory() -> int:
-    """Return the bytes that the system can give without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _fitting(memory: int) -> str:

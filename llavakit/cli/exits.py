@@ -1,6 +1,7 @@
 """Exit codes, and the one place where exceptions of a command end.
 
-Codes: 0 done, 1 what was compared differs, 2 usage, 3 checkpoint, 4 bad input, 5 capacity, 6 files or training, 70 a bug, 130 interrupted.
+Codes: 0 done, 1 what was compared differs, 2 usage, 3 checkpoint, 4 bad input, 5 capacity, 6 files, training or scores, 70 a bug,
+130 interrupted.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class ModelOptions:
         show_logs()
         if self.model is None:
             sys.stderr.write("llava: using the embedded miniature model; --model takes a folder or a hub id\n")
-        return LLM.load(
+        return LLM(
             MINIATURE if self.model is None else self.model,
             dtype=self.dtype,
             device=self.device,
@@ -81,12 +81,22 @@ class SamplingOptions:
     """Keep tokens at least so many times as likely as the most likely one."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that occurred less likely."""
+    presence_penalty: float = 0.0
+    """Above 0 makes tokens that the answer holds already less likely."""
+    frequency_penalty: float = 0.0
+    """The same, as often as it holds them."""
     min_tokens: int = 0
     """Tokens before the answer may end."""
     seed: int | None = None
     """Seed of the draw."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer."""
+    json_schema: str | None = None
+    """JSON schema, as text, that the answer follows; "{}" is any JSON. Needs llavakit[constrain], as the next two."""
+    regex: str | None = None
+    """Regular expression that the whole answer matches."""
+    choices: tuple[str, ...] = ()
+    """Texts of which the answer is one."""
 
     def params(self) -> SamplingParams:
         """Translate into the loop's parameters."""

@@ -1,12 +1,17 @@
-"""LLM: the offline interface. Conversations in, completions out.
+"""LLM: the offline interface. Conversations, texts or prompts in, completions out.
 
-Owns: loading model and processor together, batches of at most max_batch, streaming.
+Owns: loading model and processor together, feeding the engine without holding all pictures at once, giving results their order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import contextlib
+import functools
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self, overload
 
@@ -16,22 +21,30 @@ from llavakit.checkpoint.generation import load_generation
 from llavakit.checkpoint.load import load_config, load_core, load_processor
 from llavakit.checkpoint.parts import Sources
 from llavakit.checkpoint.placement import choose_device, choose_dtype
-from llavakit.engine.loop import run_requests
+from llavakit.engine.constraint import Grammars
+from llavakit.engine.engine import Engine, EngineSettings
 from llavakit.engine.request import Request, Terms, TokenEvent
-from llavakit.errors import ConfigError, PromptError
+from llavakit.engine.runner import page_shape
+from llavakit.errors import CapacityError, ConfigError, LlavaError, PromptError
 from llavakit.logs import logger
 from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.surgery import fuse
+from llavakit.ops.memory import free_memory
+from llavakit.ops.paged import PAGE
 from llavakit.processing.chat import find_template
-from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.processor import LlavaProcessor, Prompt
 from llavakit.processing.text import TextProcessor
 from llavakit.storage.hub import resolve_model
-from llavakit.types import Completion, Conversation, SamplingParams
+from llavakit.types import Completion, Conversation, SamplingParams, Scored, Usage
 
 __all__ = ["LLM", "MINIATURE"]
 
 _LOG = logger("engine")
 MINIATURE = Path(__file__).parent.parent / "assets" / "miniature"
 """The embedded model that answers when none is named."""
+_MEMORY_SHARE = {"cpu": 0.4, "cuda": 0.9}
+"""Of what is free after loading, for the cache."""
+_STEP_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
 Processor = LlavaProcessor | TextProcessor
@@ -41,35 +54,32 @@ class LLM:
     """A model with its processor, ready to answer: LLaVA, or a language model alone."""
 
     def __init__(
-        self, core: LlamaCore | LlavaCore, processor: Processor, *, max_batch: int = 32, end_ids: Sequence[int] | None = None
-    ) -> None:
-        """Take the parts; end_ids come from the configuration unless they are given, and the processor's are added."""
-        if max_batch < 1:
-            raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
-        self.core, self.processor, self.max_batch = core, processor, max_batch
-        self.end_ids = processor.end_ids | frozenset(core.text_config.end_ids() if end_ids is None else end_ids)
-
-    @classmethod
-    def load(
-        cls,
+        self,
         model: str | Path = MINIATURE,
         *,
         dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
         device: str = "auto",
         max_batch: int = 32,
+        kv_memory: int | None = None,
+        step_tokens: int | None = None,
+        prefix_cache: bool = True,
+        lookup_tokens: int = 0,
         preprocess: Literal["auto", "crop", "pad"] = "auto",
         template: str | None = None,
         base: str | Path | None = None,
         vision_tower: str | Path | None = None,
         revision: str | None = None,
         allow_pickle: bool = False,
-    ) -> Self:
+    ) -> None:
         """Load a folder or hub id; without one the embedded miniature.
 
+        max_batch sequences run together, on kv_memory bytes of cache (None: as much as they can need, or a share of what is free);
+        a step computes at most step_tokens tokens; prefix_cache keeps what was computed for questions that begin alike;
+        lookup_tokens is how many tokens are guessed per step from the text before, which is faster and changes no answer.
         template is the name of one of ours in place of the files' own. base is the folder or hub id that an adapter, a delta or a
         projector belongs to, vision_tower that of the tower of an original LLaVA that does not hold its own. auto picks CUDA where
         there is one, the files' dtype (bfloat16 for float16 files on a CPU, which is slow in float16), and the files' preprocessing,
-        saying where that is not what the weights were trained with. Raises: CheckpointError, ConfigError.
+        saying where that is not what the weights were trained with. Raises: CheckpointError, ConfigError, CapacityError.
         """
         chosen_dtype, chosen_device = choose_dtype(dtype), choose_device(device)
         named = None if template is None else find_template(template)
@@ -78,56 +88,332 @@ class LLM:
         config = load_config(folder, sources)
         processor = _chosen(load_processor(folder, config, named, sources), preprocess)
         core = load_core(folder, config, dtype=chosen_dtype, device=chosen_device, sources=sources)
-        if chosen_dtype is None and chosen_device.type == "cpu" and next(core.parameters()).dtype == torch.float16:
+        weight = core.get_input_embeddings().weight
+        if chosen_dtype is None and chosen_device.type == "cpu" and weight.dtype == torch.float16:
             _LOG.warning("running float16 weights in bfloat16 on this CPU; choose dtype float32 for more exact answers")
             core = core.to(torch.bfloat16)
-        return cls(core, processor, max_batch=max_batch, end_ids=(*config.get_text_config().end_ids(), *load_generation(folder).end_ids))
+        if chosen_device.type == "cpu" and not fuse(core, running := core.get_input_embeddings().weight.dtype):
+            _LOG.warning("this CPU cannot pack %s weights: slower, and what is asked together may change an answer's last bits", running)
+        end_ids = (*config.get_text_config().end_ids(), *load_generation(folder).end_ids)
+        settings = _Settings(max_batch, kv_memory, step_tokens, prefix_cache, lookup_tokens)
+        self._take(core, processor, end_ids, settings)
+
+    @classmethod
+    def of(
+        cls,
+        core: LlamaCore | LlavaCore,
+        processor: Processor,
+        *,
+        max_batch: int = 32,
+        kv_memory: int | None = None,
+        step_tokens: int | None = None,
+        prefix_cache: bool = True,
+        lookup_tokens: int = 0,
+        end_ids: Sequence[int] | None = None,
+    ) -> Self:
+        """Take a model and a processor that are there already; the model stays as it is, so it is not the fastest.
+
+        end_ids come from the configuration unless they are given, and the processor's are added.
+        """
+        llm = cls.__new__(cls)
+        settings = _Settings(max_batch, kv_memory, step_tokens, prefix_cache, lookup_tokens)
+        llm._take(core, processor, core.text_config.end_ids() if end_ids is None else end_ids, settings)
+        return llm
+
+    def _take(self, core: LlamaCore | LlavaCore, processor: Processor, end_ids: Iterable[int], settings: _Settings) -> None:
+        self.core, self.processor, self.max_batch = core, processor, settings.max_batch
+        self.end_ids = processor.end_ids | frozenset(end_ids)
+        self.context_len, engine_settings = settings.planned(core)
+        self.engine = Engine(core, engine_settings)
+        self._grammars = Grammars(processor.tokenizer, self.end_ids)
+        self._boxes: dict[int, deque[TokenEvent]] = {}
+        self._lock = threading.RLock()
 
     @overload
-    def chat(self, conversations: Conversation, params: SamplingParams | None = None) -> Completion: ...
-    @overload
-    def chat(self, conversations: Sequence[Conversation], params: SamplingParams | None = None) -> list[Completion]: ...
     def chat(
-        self, conversations: Conversation | Sequence[Conversation], params: SamplingParams | None = None
+        self,
+        conversations: Conversation,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tenant: str = "",
+        progress: bool = False,
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self,
+        conversations: Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tenant: str = "",
+        progress: bool = False,
+    ) -> list[Completion]: ...
+    def chat(
+        self,
+        conversations: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tenant: str = "",
+        progress: bool = False,
     ) -> Completion | list[Completion]:
-        """Answer one conversation, or many in batches; the order is kept. Raises: PromptError, ImageError."""
+        """Answer one conversation, or many together; the order is kept. params are for all, or one for each.
+
+        One of many that cannot be answered gives a completion with finish_reason "error" and the reason, and leaves the others alone.
+        progress shows a bar on stderr. Raises: PromptError, ImageError, CapacityError where a single conversation cannot be answered.
+        """
         if isinstance(conversations, Conversation):
-            return self.chat([conversations], params)[0]
-        params = SamplingParams() if params is None else params
-        # Draws are requests of their own, a search is one.
-        num_each = params.n if params.num_beams == 1 else 1
-        completions: list[Completion] = []
-        for start in range(0, len(conversations), max(1, self.max_batch // num_each)):
-            asked = conversations[start : start + max(1, self.max_batch // num_each)]
-            requests = [self._request(conversation, params, draw) for conversation in asked for draw in range(num_each)]
-            for _ in run_requests(self.core, requests):
-                pass
-            answers = [request.completion() for request in requests]
-            if num_each == 1:
-                completions += answers
-            else:
-                groups = (answers[first : first + num_each] for first in range(0, len(answers), num_each))
-                completions += [replace(first, others=tuple(others)) for first, *others in groups]
-        return completions
+            return self._one(self._chat_request(conversations, _for_each(params, 1)[0], tenant))
+        asked = zip(conversations, _for_each(params, len(conversations)), strict=True)
+        return self._many([functools.partial(self._chat_request, one, own, tenant) for one, own in asked], progress=progress)
 
-    def stream(self, conversation: Conversation, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Answer one conversation token by token; the last event holds the completion. Raises: PromptError for n above 1."""
-        params = SamplingParams() if params is None else params
-        if params.n > 1:
-            raise PromptError("a stream holds one answer; set n to 1, or use chat")
-        return run_requests(self.core, [self._request(conversation, params)])
+    @overload
+    def generate(
+        self,
+        prompts: str | Prompt,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tenant: str = "",
+        progress: bool = False,
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompts: list[str] | Sequence[Prompt] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tenant: str = "",
+        progress: bool = False,
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompts: str | Prompt | list[str] | Sequence[Prompt] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tenant: str = "",
+        progress: bool = False,
+    ) -> Completion | list[Completion]:
+        """Continue texts, ids, or prompts that the processor made, without any chat template; otherwise as chat().
 
-    def _request(self, conversation: Conversation, params: SamplingParams, draw: int = 0) -> Request:
-        context_len = self.core.text_config.context_len
-        if draw and params.seed is not None:
-            params = replace(params, seed=params.seed + draw)
+        A text begins with the tokenizer's bos where the model's prompts do; nothing in it is markup.
+        """
+        if isinstance(prompts, str | Prompt):
+            return self._one(self._text_request(prompts, _for_each(params, 1)[0], tenant))
+        listed: Sequence[str | Prompt | Sequence[int]] = prompts
+        asked = zip(listed, _for_each(params, len(listed)), strict=True)
+        return self._many([functools.partial(self._text_request, one, own, tenant) for one, own in asked], progress=progress)
+
+    def stream(self, conversation: Conversation, params: SamplingParams | None = None, *, tenant: str = "") -> Iterator[TokenEvent]:
+        """Answer one conversation token by token; an answer's last event holds its completion. Closing the iterator ends the work.
+
+        Raises: PromptError, ImageError, CapacityError, at once.
+        """
+        return self._events(self._chat_request(conversation, _for_each(params, 1)[0], tenant))
+
+    def stream_text(self, prompt: str | Prompt, params: SamplingParams | None = None, *, tenant: str = "") -> Iterator[TokenEvent]:
+        """Continue one text or prompt token by token, as stream() answers conversations."""
+        return self._events(self._text_request(prompt, _for_each(params, 1)[0], tenant))
+
+    def score(self, conversation: Conversation, candidates: Sequence[str], *, tenant: str = "") -> list[Scored]:
+        """Return how likely each candidate is as the whole answer, its end included; the pictures are looked at once for all.
+
+        Raises: PromptError for no candidates, an empty one, or a conversation that does not end with a user's turn.
+        """
+        if not candidates:
+            raise PromptError("there is nothing to score; give at least one candidate")
+        if not all(candidates):
+            raise PromptError("an empty candidate has no tokens to score")
+        asked = self.processor.prompt(conversation, max_len=self.context_len - 1)
+        makers = [functools.partial(self._scored_request, conversation.reply(candidate), asked, tenant) for candidate in candidates]
+        completions = self._many(makers, progress=False)
+        if (error := next((completion.error for completion in completions if completion.error is not None), None)) is not None:
+            raise PromptError(f"a candidate cannot be scored: {error}")
+        return Scored.of(candidates, [completion.prompt_logprobs or () for completion in completions])
+
+    # Requests
+
+    def _chat_request(self, conversation: Conversation, params: SamplingParams, tenant: str) -> Request:
+        return self._request(self.processor.prompt(conversation, max_len=self.context_len - 1), params, tenant)
+
+    def _text_request(self, prompt: str | Prompt | Sequence[int], params: SamplingParams, tenant: str) -> Request:
+        return self._request(self._prompt(prompt), params, tenant)
+
+    def _scored_request(self, answered: Conversation, asked: Prompt, tenant: str) -> Request:
+        prompt = self.processor.answered(answered, asked)
+        # The last stretch that a model learns is the answer; earlier ones are earlier answers.
+        stop = len(prompt.ids) - prompt.loss_mask[::-1].index(True)
+        unlearned = (index for index in range(stop, 0, -1) if not prompt.loss_mask[index - 1])
+        return self._request(prompt, SamplingParams(), tenant, scored_from=next(unlearned, 1))
+
+    def _prompt(self, prompt: str | Prompt | Sequence[int]) -> Prompt:
+        if isinstance(prompt, Prompt):
+            return prompt
+        if isinstance(prompt, str):
+            markers = self.processor.markers
+            opening = [markers.bos] if markers.has_opening and markers.bos is not None else []
+            prompt = [*opening, *self.processor.tokenizer.encode_text(prompt)]
+        return Prompt(tuple(prompt), (False,) * len(prompt), torch.empty(0, 3, 1, 1))
+
+    def _request(self, prompt: Prompt, params: SamplingParams, tenant: str, *, scored_from: int | None = None) -> Request:
         terms = Terms(
-            context_len=context_len,
+            context_len=self.context_len,
             end_ids=self.end_ids,
             tokenizer=self.processor.tokenizer,
             stops=self.processor.template.stops,
+            constrain=self._grammars.constrain,
+            scored_from=scored_from,
+            tenant=tenant,
         )
-        return Request(self.processor.prompt(conversation, max_len=context_len - 1), params, terms)
+        return Request(prompt, params, terms)
+
+    # Results
+
+    def _submit(self, request: Request, box: deque[TokenEvent]) -> int:
+        """Give the engine a request whose events go into a box."""
+        with self._lock:
+            number = self.engine.add(request)
+            self._boxes[number] = box
+        return number
+
+    def _await(self, box: deque[TokenEvent]) -> TokenEvent:
+        """Return a box's next event; whoever waits steps the engine, for all others too."""
+        while True:
+            with self._lock:
+                if box:
+                    return box.popleft()
+                for event in self.engine.step():
+                    own = self._boxes.get(event.request)
+                    if own is not None:
+                        own.append(event)
+                    if event.is_last:
+                        self._boxes.pop(event.request, None)
+
+    def _abandon(self, numbers: Iterable[int]) -> None:
+        """End requests whose results nobody wants any more."""
+        with self._lock:
+            for number in numbers:
+                self._boxes.pop(number, None)
+                self.engine.abort(number)
+
+    def _events(self, request: Request) -> Iterator[TokenEvent]:
+        box: deque[TokenEvent] = deque()
+        number = self._submit(request, box)
+        return self._following(number, box)
+
+    def _following(self, number: int, box: deque[TokenEvent]) -> Iterator[TokenEvent]:
+        try:
+            while True:
+                event = self._await(box)
+                if event.error is not None:
+                    raise event.error
+                yield event
+                if event.is_last:
+                    return
+        finally:
+            self._abandon([number])
+
+    def _one(self, request: Request) -> Completion:
+        found = [event for event in self._events(request) if event.completion is not None]
+        return _joined(found)
+
+    def _many(self, makers: Sequence[Callable[[], Request]], *, progress: bool) -> list[Completion]:
+        """Answer many requests, which are made as the engine gets to them, so that only few pictures are held at a time."""
+        completions: dict[int, Completion] = {}
+        places: dict[int, int] = {}
+        found: dict[int, list[TokenEvent]] = {}
+        box: deque[TokenEvent] = deque()
+        waiting = iter(enumerate(makers))
+        with _bar(len(makers), is_shown=progress) as advance:
+            try:
+                while len(completions) < len(makers):
+                    for place, make in itertools.islice(waiting, 2 * self.engine.settings.max_batch - len(places)):
+                        try:
+                            number = self._submit(make(), box)
+                        except LlavaError as error:
+                            completions[place] = _refused(place, error)
+                            advance()
+                        else:
+                            places[number], found[number] = place, []
+                    if not places:
+                        continue
+                    event = self._await(box)
+                    if event.completion is not None:
+                        found[event.request].append(event)
+                    if event.is_last:
+                        place = places.pop(event.request)
+                        completions[place] = _joined(found.pop(event.request))
+                        if event.error is not None:
+                            _LOG.warning("request %d failed: %s", place, event.error)
+                        advance()
+            finally:
+                self._abandon(places)
+        return [completions[place] for place in range(len(makers))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What a caller says of the engine."""
+
+    max_batch: int
+    kv_memory: int | None
+    step_tokens: int | None
+    prefix_cache: bool
+    lookup_tokens: int
+
+    def planned(self, core: LlamaCore | LlavaCore) -> tuple[int, EngineSettings]:
+        """Return the positions that a request may have, and the engine's settings. Raises: ConfigError, CapacityError."""
+        weight = core.get_input_embeddings().weight
+        page_bytes = page_shape(core).page_bytes(weight.dtype)
+        context_len = core.text_config.context_len
+        most = max(self.max_batch, 1) * -(-context_len // PAGE)
+        if self.kv_memory is None:
+            num_blocks = min(most, int(_MEMORY_SHARE[weight.device.type] * free_memory(weight.device)) // page_bytes)
+        else:
+            num_blocks = self.kv_memory // page_bytes
+        if num_blocks < 1:
+            raise CapacityError(f"a cache needs at least {page_bytes} bytes for {PAGE} tokens; free some memory, or raise kv_memory")
+        if num_blocks * PAGE < context_len:
+            _LOG.warning("memory holds a cache of %d positions, the model has %d; they limit a request", num_blocks * PAGE, context_len)
+        settings = EngineSettings(
+            num_blocks=num_blocks,
+            max_batch=self.max_batch,
+            step_tokens=_STEP_TOKENS[weight.device.type] if self.step_tokens is None else self.step_tokens,
+            prefix_cache=self.prefix_cache,
+            lookup_tokens=self.lookup_tokens,
+        )
+        return min(context_len, num_blocks * PAGE), settings
+
+
+def _joined(events: Sequence[TokenEvent]) -> Completion:
+    """Return the first answer of a request, which holds the others."""
+    first, *others = (event.completion for event in sorted(events, key=lambda event: event.answer) if event.completion is not None)
+    return replace(first, others=(*first.others, *others)) if others else first
+
+
+def _refused(place: int, error: LlavaError) -> Completion:
+    _LOG.warning("request %d cannot be answered: %s", place, error)
+    return Completion("", (), "error", Usage(0, 0), error=str(error))
+
+
+def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """Return the parameters of each of count requests. Raises: PromptError when a list has another length."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise PromptError(f"there are {count} requests and {len(params)} params; give one for all, or one for each")
+    return list(params)
+
+
+@contextlib.contextmanager
+def _bar(total: int, *, is_shown: bool) -> Iterator[Callable[[], object]]:
+    """Show how many requests are done on stderr; gives what counts one more."""
+    if not is_shown:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        yield functools.partial(bar.advance, task)
 
 
 def _chosen(processor: Processor, preprocess: Literal["auto", "crop", "pad"]) -> Processor:

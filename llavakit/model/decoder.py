@@ -7,6 +7,7 @@ Legend: T tokens  N heads  K key-value heads  H head width  D model width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.linear import Embedding, Linear, RMSNorm
 from llavakit.ops.attention import Attention
+from llavakit.ops.gate import silu_gate
 from llavakit.ops.rope import Rope, RopeSpec, rope_tables, rotate
 
-__all__ = ["DecoderLayer", "LlamaDecoder", "TokenEmbedding", "rope_spec"]
+__all__ = ["DecoderLayer", "LlamaDecoder", "RowParallelLinear", "SwiGlu", "TokenEmbedding", "rope_spec"]
 
 
 class TokenEmbedding(Embedding):
@@ -145,13 +147,14 @@ class SwiGlu(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.gate: Callable[[Tensor, Tensor], Tensor] = silu_gate
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, config, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Apply the block token by token."""
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))  # type: ignore[no-any-return]
+        return self.down_proj(self.gate(self.gate_proj(x_TD), self.up_proj(x_TD)))  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):

@@ -1,7 +1,7 @@
 """How attention sees the tokens: the Attention protocol, and Packed for training and scoring.
 
 Owns: attention over packed tokens without padding, and the one call of torch's fused kernel that trains.
-Refuses: caches (ops/cached) and batch shapes (pretrained/dense).
+Refuses: caches (ops/paged) and batch shapes (pretrained/dense).
 Invariant: a segment's result does not depend on the other segments; a T x T mask is built only for rows longer than a window.
 Legend: T tokens  N heads  K key-value heads  H head width  B segments
 """

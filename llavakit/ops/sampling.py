@@ -1,25 +1,28 @@
 """Choosing the next token from logits.
 
-Owns: what changes scores (repetition penalty, repeated n-grams, early ends), the filters of sampling (temperature, top-k, top-p,
-min-p), all in transformers' order, and the draw. Pure but for the generator's state.
+Owns: what changes scores (repetition, presence and frequency penalties, biases, repeated n-grams, early ends), the filters of sampling
+(temperature, top-k, top-p, min-p), all in transformers' order, the draw, and the log probabilities that are reported. Pure but for the
+generator's state.
 Legend: V vocabulary
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from llavakit.types import SamplingParams
+from llavakit.types import SamplingParams, TokenLogprob
 
-__all__ = ["adjust", "changes_scores", "sample", "token_probabilities"]
+__all__ = ["adjust", "changes_scores", "logprobs_of", "sample", "token_probabilities"]
 
 
 def changes_scores(params: SamplingParams) -> bool:
     """Whether adjust() can change anything: where not, the most likely token is that of the bare logits."""
-    return params.repetition_penalty != 1 or params.no_repeat_ngram_size > 0 or params.min_tokens > 0
+    has_penalties = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+    return has_penalties or bool(params.logit_bias) or params.no_repeat_ngram_size > 0 or params.min_tokens > 0
 
 
 def adjust(scores_V: Tensor, params: SamplingParams, ids: Sequence[int], num_new: int, end_ids: Collection[int]) -> Tensor:
@@ -31,12 +34,28 @@ def adjust(scores_V: Tensor, params: SamplingParams, ids: Sequence[int], num_new
         values = scores[seen]
         values = torch.where(values < 0, values * params.repetition_penalty, values / params.repetition_penalty)
         scores = scores.index_copy(0, seen, values)
+    scores = _shifted(scores, params, ids[len(ids) - num_new :])
     banned = _repeating(ids, params.no_repeat_ngram_size)
     if num_new < params.min_tokens:
         banned |= set(end_ids)
     if banned := {index for index in banned if 0 <= index < size}:
         scores = scores.index_fill(0, torch.tensor(sorted(banned), device=scores.device), -torch.inf)
     return scores
+
+
+def _shifted(scores_V: Tensor, params: SamplingParams, answer: Sequence[int]) -> Tensor:
+    """Subtract presence and frequency penalties of the answer's tokens, and add the biases."""
+    shifts: dict[int, float] = {}
+    if params.presence_penalty != 0 or params.frequency_penalty != 0:
+        for token, count in Counter(answer).items():
+            shifts[token] = -params.presence_penalty - params.frequency_penalty * count
+    for token, bias in params.logit_bias.items():
+        shifts[token] = shifts.get(token, 0.0) + bias
+    known = {token: shift for token, shift in shifts.items() if 0 <= token < scores_V.numel()}
+    if not known:
+        return scores_V
+    index = torch.tensor(list(known), device=scores_V.device)
+    return scores_V.index_add(0, index, torch.tensor(list(known.values()), dtype=scores_V.dtype, device=scores_V.device))
 
 
 def _repeating(ids: Sequence[int], length: int) -> set[int]:
@@ -68,3 +87,13 @@ def token_probabilities(scores_V: Tensor, params: SamplingParams) -> Tensor:
         shares = scores.softmax(-1)
         scores = scores.masked_fill(shares < params.min_p * shares.max(), -torch.inf)
     return scores.softmax(-1)
+
+
+def logprobs_of(logits_MV: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """Return the log probability of one token per row, and the row's num_top likeliest tokens."""
+    logprobs_MV = torch.log_softmax(logits_MV.float(), -1)
+    chosen = logprobs_MV.gather(1, torch.tensor(tokens, device=logprobs_MV.device)[:, None]).squeeze(1).tolist()
+    top = logprobs_MV.topk(min(num_top, logprobs_MV.shape[1]), -1)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    likeliest = [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
+    return [TokenLogprob(token, logprob, row) for token, logprob, row in zip(tokens, chosen, likeliest, strict=True)]

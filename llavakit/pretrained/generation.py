@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from llavakit.checkpoint.generation import GenerationDefaults
-from llavakit.engine.loop import run_requests
+from llavakit.engine.engine import Engine, EngineSettings
 from llavakit.engine.request import Request, ScoreHook, StopHook, Terms
+from llavakit.engine.runner import page_shape
 from llavakit.errors import InputError
 from llavakit.model.llava_config import LlavaConfig
+from llavakit.ops.memory import free_memory
+from llavakit.ops.paged import PAGE
 from llavakit.pretrained.inputs import Batch, check_batch
 from llavakit.pretrained.outputs import GenerateOutput
 from llavakit.pretrained.pictures import Pictures, gather
@@ -29,6 +32,8 @@ __all__ = ["Generation", "Streamer"]
 
 _MAX_NEW_TOKENS = 20  # transformers' default
 _TOP_K = 50  # and this, for draws
+_MEMORY_SHARE = 0.5  # of what is free, for keys and values
+_STEP_TOKENS = 2048
 _T = TypeVar("_T")
 
 
@@ -152,13 +157,19 @@ class Generation(nn.Module):
             raise InputError(f"a streamer takes one row, got {len(requests)}; call generate row by row")
         if calls.streamer is not None:
             calls.streamer.put(prompts.head_BS.cpu())
-        for event in run_requests(self, requests):  # type: ignore[arg-type]
+        engine = Engine(self, _settings(self, requests))  # type: ignore[arg-type]
+        numbers = [engine.add(request) for request in requests]
+        answers: dict[int, Completion] = {}
+        for event in engine.run():
+            if event.error is not None:
+                raise event.error
             if calls.streamer is not None:
                 calls.streamer.put(torch.tensor([event.token]))
+            if event.completion is not None:
+                answers[event.request] = event.completion
         if calls.streamer is not None:
             calls.streamer.end()
-        answers = (request.completion() for request in requests)
-        return [one for answer in answers for one in (answer, *answer.others)]
+        return [one for number in numbers for one in (answers[number], *answers[number].others)]
 
     def _end_ids(self, eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
         if eos_token_id is None:
@@ -210,6 +221,16 @@ class _Calls:
         """Give a row its own seed; n is counted outside."""
         is_search = params.num_beams > 1
         return replace(params, n=params.n if is_search else 1, seed=None if self.seed is None else self.seed + number)
+
+
+def _settings(core: Any, requests: Sequence[Request]) -> EngineSettings:
+    """Let all requests run together, in as much memory as they can need."""
+    weight = core.get_input_embeddings().weight
+    rows = [request.params.num_beams for request in requests]
+    needs = [-(-(len(request.prompt.ids) + request.max_tokens) // PAGE) * count for request, count in zip(requests, rows, strict=True)]
+    room = int(free_memory(weight.device) * _MEMORY_SHARE) // page_shape(core).page_bytes(weight.dtype)
+    num_blocks = max(max(needs), min(sum(needs), room))
+    return EngineSettings(num_blocks=num_blocks, max_batch=sum(rows), step_tokens=_STEP_TOKENS, prefix_cache=False)
 
 
 def _first(asked: _T | None, given: _T | None, *, default: _T) -> _T:

@@ -135,6 +135,11 @@ class LlavaProcessor:
             encoded = self._encode(ask, self._grids(actual))
         return self._assemble(encoded, images)
 
+    def answered(self, conversation: Conversation, asked: Prompt) -> Prompt:
+        """Build the prompt of a conversation after its answer; its pictures are those of asked, the prompt before the answer."""
+        encoded = self.encode_chat(conversation, asked.grids, add_generation_prompt=False)[1]
+        return replace(asked, ids=encoded.ids, loss_mask=encoded.loss_mask)
+
     def check_image(self, data: bytes) -> None:
         """Decode a picture as prompt() would. Raises: ImageError for one that cannot be used."""
         self._check_pixels([image_size(data, self.limits, faithful=self.is_faithful)])
@@ -248,9 +253,7 @@ class LlavaProcessor:
         config, processor = read_optional_json(folder / "config.json"), read_optional_json(folder / "processor_config.json")
         image = processor["image_processor"] if "image_processor" in processor else read_optional_json(folder / "preprocessor_config.json")
         if not image:
-            hint = (
-                "; LLM.load makes the processor of an original LLaVA's folder, llava convert writes it" if is_vision_config(config) else ""
-            )
+            hint = "; LLM makes the processor of an original LLaVA's folder, llava convert writes it" if is_vision_config(config) else ""
             raise CheckpointError(f"{folder} has neither preprocessor_config.json nor an image_processor in processor_config.json{hint}")
         tokenizer = load_tokenizer(folder)
         mark = _first(str, "<image>", (processor, "image_token"))

@@ -59,6 +59,11 @@ class TextProcessor:
             raise PromptError(f"the prompt has {len(encoded.ids)} tokens, at most {max_len} fit; shorten the conversation")
         return Prompt(encoded.ids, encoded.loss_mask, torch.empty(0, 3, 1, 1))
 
+    def answered(self, conversation: Conversation, asked: Prompt) -> Prompt:
+        """Build the prompt of a conversation after its answer."""
+        del asked
+        return self.prompt(conversation, add_generation_prompt=False)
+
     @classmethod
     def from_pretrained(cls, model: str | Path, *, template: ChatTemplate | None = None, **hub: Unpack[HubArguments]) -> Self:
         """Load the tokenizer of a folder or hub id, and its own chat template unless one is given.

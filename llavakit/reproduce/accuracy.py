@@ -31,7 +31,7 @@ _NUM_SHOWN = 6
 
 def write_examination(model: Path, out: Path, scratch: Path, *, num_scenes: int, curves: Mapping[str, Path]) -> None:
     """Examine a checkpoint and write scores, replies and report; curves names the loss pictures to show."""
-    llm = LLM.load(model, dtype="float32", device="cpu", max_batch=_BATCH)
+    llm = LLM(model, dtype="float32", device="cpu", max_batch=_BATCH)
     scenes = {condition: max(1, round(share * num_scenes)) for condition, share in _SHARES.items()}
     marks = examine(llm, scenes, scratch / "replies.sqlite")
     table = scores(marks) | {"prior": prior_scores([mark for mark in marks if mark.condition == "shuffled"])}

@@ -31,7 +31,7 @@ QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM.load(dtype="float32", device="cpu")
+    return LLM(dtype="float32", device="cpu")
 
 
 def test_it_is_small_and_whole() -> None:

@@ -166,7 +166,7 @@ def test_a_prompt_of_any_size_is_what_generate_continues(tmp_path: Path) -> None
     model = scale_weights(LlavaLlamaForCausalLM(family_config("1.6-mistral")), 2).eval()
     model.save_pretrained(tmp_path, processor=next_processor())
     conversation = Conversation.ask("what?", to_png(noise(61, 30)), to_png(noise(20, 90)))
-    llm = LLM.load(tmp_path, device="cpu", dtype="float32")
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
     answer = llm.chat(conversation, SamplingParams(max_tokens=6, ignore_eos=True))
     prompt = llm.processor.prompt(conversation)
     out = model.generate(

@@ -76,7 +76,7 @@ def answers_or_fails(write: Callable[[], Path], monkeypatch: pytest.MonkeyPatch,
         except (TypeError, ValueError, AttributeError):  # not even the library can write it
             continue
         try:
-            LLM.load(folder, dtype="float32").chat(Conversation.ask("what is there?", PICTURE), SamplingParams(max_tokens=1))
+            LLM(folder, dtype="float32").chat(Conversation.ask("what is there?", PICTURE), SamplingParams(max_tokens=1))
             num_answers += 1
         except (CheckpointError, PromptError):
             num_errors += 1

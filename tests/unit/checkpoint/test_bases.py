@@ -77,7 +77,7 @@ def test_an_adapter_names_its_base(tmp_path: Path, base: Path) -> None:
     convert(tmp_path / "adapter", tmp_path / "merged")
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "merged").state_dict(), merged(wrapped))
     conversation, params = Conversation.ask("a red circle"), SamplingParams(max_tokens=6)
-    answers = [LLM.load(tmp_path / name, device="cpu").chat(conversation, params).ids for name in ("adapter", "merged")]
+    answers = [LLM(tmp_path / name, device="cpu").chat(conversation, params).ids for name in ("adapter", "merged")]
     assert answers[0] == answers[1]
 
 
@@ -364,5 +364,5 @@ def test_an_adapter_on_a_llava_hf_folder_answers(tmp_path: Path) -> None:
         name = "multi_modal_projector.linear_1.weight"
         assert torch.equal(files.read(name), old.read(name) + 1)
     params = SamplingParams(max_tokens=4)
-    answers = [LLM.load(tmp_path / name, device="cpu").chat(Conversation.ask("a?"), params).ids for name in ("adapter", "merged")]
+    answers = [LLM(tmp_path / name, device="cpu").chat(Conversation.ask("a?"), params).ids for name in ("adapter", "merged")]
     assert answers[0] == answers[1]

@@ -66,7 +66,7 @@ def test_the_card_states_parts_prompt_preprocessing_and_terms() -> None:
         "Projector: mlp2x_gelu",
         "answers to the user's questions. USER: <image>\nWhat is in this picture? ASSISTANT:\n```",
         '"shortest_edge": 28',
-        'LLM.load("owner/tiny")',
+        'LLM("owner/tiny")',
         "Not stated: ask the owner",
     ):
         assert told in text

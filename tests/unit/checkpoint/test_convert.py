@@ -30,7 +30,7 @@ GREEDY = SamplingParams(max_tokens=8)
 
 
 def answer(folder: Path, **options: Any) -> Sequence[int]:
-    llm = LLM.load(folder, device="cpu", **options)
+    llm = LLM(folder, device="cpu", **options)
     ids: Sequence[int] = llm.chat(Conversation.ask("what is there?", PICTURE), GREEDY).ids
     return ids
 
@@ -146,7 +146,7 @@ def test_tokens_around_pictures_are_there_in_every_layout(tmp_path: Path) -> Non
     asked = Conversation.ask("what is there?", PICTURE)
     text = original_prompt("v1", [("<im_start><image><im_end>\nwhat is there?", None)])
     for folder in (original, tmp_path / "hf", tmp_path / "back"):
-        llm = LLM.load(folder, device="cpu")
+        llm = LLM(folder, device="cpu")
         assert isinstance(llm.processor, LlavaProcessor)
         ids, image = llm.processor.prompt(asked).ids, llm.processor.image_token_id
         once = [token for place, token in enumerate(ids) if token != image or ids[place - 1] != image]

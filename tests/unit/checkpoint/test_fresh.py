@@ -121,7 +121,7 @@ def test_the_projector_is_what_torch_draws(tmp_path: Path, kind: str, depth: int
 def test_other_language_models(tmp_path: Path, decoder: str) -> None:
     fresh = build(tmp_path, decoder=decoder)
     assert load_config(fresh).to_dict()["text_config"]["model_type"] == decoder
-    assert LLM.load(fresh, device="cpu").chat(Conversation.ask("", PICTURE), SamplingParams(max_tokens=3)).ids
+    assert LLM(fresh, device="cpu").chat(Conversation.ask("", PICTURE), SamplingParams(max_tokens=3)).ids
 
 
 def test_an_adapters_language_model(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_both_layouts_give_the_same_answer(tmp_path: Path) -> None:
     convert(tmp_path / "decoder", tmp_path / "original", Conversion(to="original", sources=Sources(vision_tower=tmp_path / "tower")))
     ask = Conversation.ask("what is there?", PICTURE)
     options: dict[str, Any] = {"device": "cpu", "template": "v1", "preprocess": "pad"}
-    llms = [LLM.load(folder, **options) for folder in (fresh, tmp_path / "original")]
+    llms = [LLM(folder, **options) for folder in (fresh, tmp_path / "original")]
     first, second = (llm.chat(ask, SamplingParams(max_tokens=6)).ids for llm in llms)
     assert first == second
     processor = LlavaProcessor.from_pretrained(fresh)
@@ -180,7 +180,7 @@ def test_fast_tokenizers(tmp_path: Path, kept: tuple[str, ...]) -> None:
     layouts: tuple[Output, ...] = ("hf", "original")
     for layout in layouts:
         convert(tmp_path / "decoder", tmp_path / layout, Conversion(to=layout, sources=sources))
-        answers.append(LLM.load(tmp_path / layout, device="cpu").chat(Conversation.ask("", PICTURE), SamplingParams(max_tokens=5)).ids)
+        answers.append(LLM(tmp_path / layout, device="cpu").chat(Conversation.ask("", PICTURE), SamplingParams(max_tokens=5)).ids)
     assert answers[0] == answers[1]
 
 

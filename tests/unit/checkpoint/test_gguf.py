@@ -106,7 +106,7 @@ def test_pictures_of_any_size_are_known_by_their_keys(tmp_path: Path, is_legacy:
     assert loaded.image_newline is not None
     assert model.image_newline is not None
     assert torch.equal(loaded.image_newline, model.image_newline)
-    assert LLM.load(folder).chat(Conversation.ask("what is there?", PICTURE), SamplingParams(max_tokens=3)).ids
+    assert LLM(folder).chat(Conversation.ask("what is there?", PICTURE), SamplingParams(max_tokens=3)).ids
 
 
 @pytest.mark.parametrize("stem", ["mm.0", "mm"])
@@ -149,7 +149,7 @@ def test_a_file_and_its_tower_may_be_named(tmp_path: Path, model: LlavaLlamaForC
     assert isinstance(LlamaForCausalLM.from_pretrained(folder / "first.gguf"), LlamaForCausalLM)
     loaded = LlavaLlamaForCausalLM.from_pretrained(folder / "first.gguf", vision_tower=folder / "third.gguf")
     assert torch.equal(logits_of(loaded), logits_of(model))
-    llm = LLM.load(folder / "first.gguf", vision_tower=folder / "third.gguf")
+    llm = LLM(folder / "first.gguf", vision_tower=folder / "third.gguf")
     assert llm.chat(Conversation.ask("what is there?", PICTURE), SamplingParams(max_tokens=2)).ids
 
 
@@ -186,7 +186,7 @@ def test_adapters_fit_gguf_bases(tmp_path: Path) -> None:
     save_file({f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, folder / "adapter_model.safetensors")
     loaded, name = LlamaForCausalLM.from_pretrained(folder, base=path), "model.layers.1.self_attn.q_proj.weight"
     assert torch.equal(loaded.get_parameter(name), model.get_parameter(name) + b @ a * 2)
-    assert LLM.load(folder, base=path).chat(Conversation.ask("hello"), SamplingParams(max_tokens=2)).ids
+    assert LLM(folder, base=path).chat(Conversation.ask("hello"), SamplingParams(max_tokens=2)).ids
 
 
 # Tokenizers and templates
@@ -331,7 +331,7 @@ def test_metadata_that_lies_is_one_error(tmp_path: Path, model: LlavaLlamaForCau
     values, message = FAULTS[fault]
     folder = broken(tmp_path, model, **values)
     with pytest.raises(CheckpointError, match=message):
-        LLM.load(folder)
+        LLM(folder)
 
 
 def test_layers_that_only_the_file_has_are_listed(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_the_family_goes_there_and_back(tmp_path: Path, road: str) -> None:
     processor = dataclasses.replace(tiny_processor(template, images), keep_cls=is_siglip, has_cls=not is_siglip)
     source = save_hf(tmp_path / "hf", model, processor)
     convert(source, tmp_path / "gguf", Conversion(to="gguf", gguf_type="f32"))
-    first, second = (LLM.load(path) for path in (source, tmp_path / "gguf"))
+    first, second = (LLM(path) for path in (source, tmp_path / "gguf"))
     assert isinstance(second.processor, LlavaProcessor)
     assert second.processor.template.name == template
     assert dataclasses.replace(second.processor.image_processor, is_rounded=True) == images
@@ -106,7 +106,7 @@ def test_the_family_goes_there_and_back(tmp_path: Path, road: str) -> None:
 def test_original_folders_become_gguf(tmp_path: Path, kind: str) -> None:
     original = make_original(tmp_path, kind)
     convert(original.path, tmp_path / "gguf", Conversion(to="gguf", gguf_type="f32"))
-    first, second = (LLM.load(path) for path in (original.path, tmp_path / "gguf"))
+    first, second = (LLM(path) for path in (original.path, tmp_path / "gguf"))
     asked = Conversation.ask("what is there?", PICTURE)
     assert first.chat(asked, SamplingParams(max_tokens=4)).ids == second.chat(asked, SamplingParams(max_tokens=4)).ids
 
@@ -201,7 +201,7 @@ def test_matrices_are_packed_by_the_library(
     weight = split_weights(model)[0]["model.layers.1.mlp.up_proj.weight"]
     stored = next(tensor.data for tensor in text.tensors if tensor.name == "blk.1.ffn_up.weight")
     assert np.array_equal(stored, gguf.quants.quantize(weight.numpy(), packing))
-    assert LLM.load(tmp_path / "out", dtype="float32").chat(Conversation.ask("hello"), SamplingParams(max_tokens=2)).ids
+    assert LLM(tmp_path / "out", dtype="float32").chat(Conversation.ask("hello"), SamplingParams(max_tokens=2)).ids
 
 
 def test_rows_that_are_no_blocks_are_half_precision(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_families_with_byte_level_tokenizers_go_there_and_back(tmp_path: Path, f
     )  # fmt: skip
     source = save_hf(tmp_path / "hf", scale_weights(LlavaLlamaForCausalLM(config)).eval(), processor)
     convert(source, tmp_path / "gguf", Conversion(to="gguf", gguf_type="f32"))
-    first, second = (LLM.load(path) for path in (source, tmp_path / "gguf"))
+    first, second = (LLM(path) for path in (source, tmp_path / "gguf"))
     asked = Conversation.ask("what is there?", PICTURE)
     assert first.chat(asked, SamplingParams(max_tokens=4)).ids == second.chat(asked, SamplingParams(max_tokens=4)).ids
     assert first.end_ids == second.end_ids

@@ -58,10 +58,10 @@ def test_logits_are_those_of_metas_arithmetic(tmp_path: Path, kind: str) -> None
 
 def test_metas_files_are_asked_as_they_are(tmp_path: Path) -> None:
     folder = MetaLlama().save(tmp_path / "meta")
-    llm = LLM.load(folder, allow_pickle=True, device="cpu")
+    llm = LLM(folder, allow_pickle=True, device="cpu")
     assert llm.chat(Conversation.ask("a red"), SamplingParams(max_tokens=3)).usage.completion_tokens == 3
     with pytest.raises(CheckpointError, match="allow_pickle"):
-        LLM.load(folder)
+        LLM(folder)
 
 
 def test_llama_3s_list_for_tiktoken_needs_tokenizer_json(tmp_path: Path) -> None:

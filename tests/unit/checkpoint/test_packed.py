@@ -74,7 +74,7 @@ def test_a_llava_hf_folder_loads_converts_and_answers(tmp_path: Path, name: str,
     convert(folder, tmp_path / "original", Conversion(to="original"))
     assert load_file(tmp_path / "dense" / FILE).keys() == weights.keys()
     params = SamplingParams(max_tokens=6)
-    answers = [LLM.load(tmp_path / kind, device="cpu").chat(Conversation.ask("a?"), params).ids for kind in ("packed", "dense", "original")]
+    answers = [LLM(tmp_path / kind, device="cpu").chat(Conversation.ask("a?"), params).ids for kind in ("packed", "dense", "original")]
     assert answers[0] == answers[1] == answers[2]
 
 

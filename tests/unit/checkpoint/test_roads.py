@@ -40,7 +40,7 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What LLM.load takes."""
+        """What LLM takes."""
         return {"base": self.sources.base, "vision_tower": self.sources.vision_tower, "allow_pickle": self.sources.allow_pickle}
 
 
@@ -178,7 +178,7 @@ def expected(exact: Path) -> tuple[int, ...]:
 
 
 def answer(source: Source) -> tuple[int, ...]:
-    llm = LLM.load(source.path, dtype="float32", device="cpu", **source.options)
+    llm = LLM(source.path, dtype="float32", device="cpu", **source.options)
     ids: tuple[int, ...] = llm.chat(Conversation.ask("what is there?", PICTURE), GREEDY).ids
     return ids
 

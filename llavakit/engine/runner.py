@@ -1,0 +1,92 @@
+"""From planned work to logits: the only place of the engine that touches the model and the cache's memory.
+
+Owns: Runner. Refuses: planning (scheduler), choosing tokens (request). One call of the model per step, whatever its mix.
+Legend: T tokens of a step  M rows whose logits are wanted  D model width  V vocabulary  F image features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llavakit.engine.scheduler import Work
+from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.ops.paged import Paged, Pages, PageShape, Rows
+
+__all__ = ["Runner", "StepInput", "page_shape"]
+
+_LOGIT_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One piece of work, and what its tokens are where ids do not say it."""
+
+    work: Work
+    features: Mapping[str, Tensor]
+    """Of the pictures that its positions overlap, by digest."""
+    embeds_TD: Tensor | None
+    """Of the whole prompt, where a caller gave them."""
+
+
+class Runner:
+    """The model and the pages it computes on."""
+
+    def __init__(self, core: LlamaCore | LlavaCore, num_pages: int, *, use_kernels: bool = True) -> None:
+        self.core = core
+        weight = core.get_input_embeddings().weight
+        self.dtype, self.device = weight.dtype, weight.device
+        self.pages = Pages(page_shape(core), num_pages, self.dtype, self.device, use_kernels=use_kernels)
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy pages (from, to)."""
+        if pairs:
+            self.pages.copy([source for source, _ in pairs], [target for _, target in pairs])
+
+    def run(self, inputs: Sequence[StepInput]) -> Tensor:
+        """Compute the works' tokens, end to end: h_TD after the last layer; their keys and values are in the cache afterwards."""
+        attn = Paged(self.pages, [Rows(given.work.first, given.work.stop, given.work.row.blocks) for given in inputs])
+        return self.core.forward_packed(self._embed(inputs), attn.positions_T, attn)
+
+    def logits(self, h_TD: Tensor, rows: Sequence[int]) -> Tensor:
+        """Score the vocabulary after chosen tokens of a step: z_MV."""
+        chosen = torch.tensor(rows, device=h_TD.device)
+        if len(rows) <= _LOGIT_ROWS:
+            return self.core.logits(h_TD[chosen])
+        return torch.cat([self.core.logits(h_TD[part]) for part in chosen.split(_LOGIT_ROWS)])
+
+    def _embed(self, inputs: Sequence[StepInput]) -> Tensor:
+        """Look up the tokens, and put in their places what is no token: a picture's features, a caller's embeddings."""
+        ids: list[int] = []
+        places: list[int] = []
+        parts: list[Tensor] = []
+        for given in inputs:
+            job, row, first, stop = given.work
+            begin = len(ids) - first
+            own = [*row.ids[first:stop], *row.draft] if stop > len(row.ids) else row.ids[first:stop]
+            ids += own[: stop - first]
+            for span in job.spans:
+                start, end = max(span.start, first), min(span.stop, stop)
+                if start < end:
+                    ids[begin + start : begin + end] = [0] * (end - start)
+                    places += range(begin + start, begin + end)
+                    offset = span.offset - span.start
+                    parts.append(given.features[span.digest][start + offset : end + offset])
+            if given.embeds_TD is not None and first < (end := min(stop, given.embeds_TD.shape[0])):
+                places += range(begin + first, begin + end)
+                parts.append(given.embeds_TD[first:end].to(self.device))
+        x_TD: Tensor = self.core.get_input_embeddings()(torch.tensor(ids, device=self.device))
+        if places:
+            x_TD = x_TD.index_put((torch.tensor(places, device=self.device),), torch.cat(parts).to(x_TD.dtype))
+        return x_TD
+
+
+def page_shape(core: LlamaCore | LlavaCore) -> PageShape:
+    """Say what a model stores for a token."""
+    config = core.text_config
+    return PageShape(
+        num_layers=config.num_hidden_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_width, window=config.window
+    )

@@ -1,0 +1,181 @@
+/* Attention over a paged cache: one kernel for prefill, chunks, decode and verification.
+ *
+ * Invariant: what a query row gets depends on that row and its sequence alone, bit for bit. Every score is summed over the head's width in
+ * ascending order (lanes are keys), every page is one step of the online softmax, and every output element is summed over the page's keys in
+ * ascending order (lanes are the head's width), whatever rows share the tile, the chunk, the batch or the thread.
+ *
+ * Layout: K page [Kh][W][PAGE] (transposed), V page [Kh][PAGE][W], in float32 or bfloat16; W is the head's width H filled up with zeros to a
+ * multiple of 32. Queries and outputs are [T][N][H] in the pages' dtype, sums are float32.
+ * T rows  N heads  Kh key-value heads  H head width  B sequences
+ */
+#include "lanes.h"
+
+#define PAGE 32
+#define MOST_ROWS 6
+#define MOST_WIDTH 256
+#define SERIAL_WORK 65536 /* products below which a team of threads costs more than it saves */
+
+typedef struct {
+    const void *q;
+    void *o;
+    const int32_t *positions; /* [T], of each row in its sequence */
+    const int32_t *starts;    /* [B + 1], first row of each sequence */
+    const int32_t *tables;    /* [B][table_width], pages of each sequence */
+    const void *keys, *values;
+    int32_t num_sequences, table_width, num_heads, num_kv_heads, head_dim, width;
+    int32_t window; /* positions that a row sees, itself included; 0 sees all before it */
+    float scale;
+    int32_t num_threads;
+} Attention;
+
+/* R query rows of one sequence and one key-value head over all pages that any of them sees. */
+static inline __attribute__((always_inline)) void tile(const Attention *a, const int32_t *table, int head, const size_t *rows,
+                                                       const int32_t *positions, const int R, const int is_half) {
+    const int H = a->head_dim, W = a->width;
+    float q[MOST_ROWS][MOST_WIDTH] __attribute__((aligned(64)));
+    float sums[MOST_ROWS][MOST_WIDTH] __attribute__((aligned(64)));
+    float most[MOST_ROWS], total[MOST_ROWS];
+    int first = positions[0], last = positions[0];
+    for (int r = 0; r < R; r++) {
+        for (int d = 0; d < H; d++) q[r][d] = load_one(a->q, rows[r] * H + d, is_half);
+        for (int d = H; d < W; d++) q[r][d] = 0;
+        memset(sums[r], 0, W * sizeof(float));
+        most[r] = -INFINITY;
+        total[r] = 0;
+        if (positions[r] < first) first = positions[r];
+        if (positions[r] > last) last = positions[r];
+    }
+    const int oldest = a->window && first >= a->window ? first - a->window + 1 : 0;
+    for (int page = oldest / PAGE; page * PAGE <= last; page++) {
+        const size_t at = ((size_t)table[page] * a->num_kv_heads + head) * W * PAGE;
+        float scores[MOST_ROWS][PAGE] __attribute__((aligned(64)));
+        lanes dots[MOST_ROWS][2];
+        for (int r = 0; r < R; r++) dots[r][0] = dots[r][1] = all(0);
+        for (int d = 0; d < W; d++) {
+            lanes k0 = load(a->keys, at + (size_t)d * PAGE, is_half), k1 = load(a->keys, at + (size_t)d * PAGE + 16, is_half);
+            for (int r = 0; r < R; r++) {
+                lanes x = all(q[r][d]);
+                dots[r][0] += x * k0;
+                dots[r][1] += x * k1;
+            }
+        }
+        int bottom = PAGE, top = 0;
+        for (int r = 0; r < R; r++) {
+            *(lanes *)scores[r] = dots[r][0] * all(a->scale);
+            *(lanes *)(scores[r] + 16) = dots[r][1] * all(a->scale);
+            int stop = positions[r] - page * PAGE + 1, start = a->window ? stop - a->window : 0;
+            if (stop > PAGE) stop = PAGE;
+            if (start < 0) start = 0;
+            if (start >= stop) { /* this row sees nothing of the page */
+                memset(scores[r], 0, sizeof scores[r]);
+                continue;
+            }
+            if (stop > top) top = stop;
+            if (start < bottom) bottom = start;
+            for (int j = 0; j < start; j++) scores[r][j] = -INFINITY;
+            for (int j = stop; j < PAGE; j++) scores[r][j] = -INFINITY;
+            lanes s0 = *(lanes *)scores[r], s1 = *(lanes *)(scores[r] + 16), both = choose(s0 > s1, s0, s1);
+            float peak = most[r], sum = 0;
+            for (int z = 0; z < 16; z++) peak = both[z] > peak ? both[z] : peak;
+            s0 = exp_lanes(s0 - all(peak)), s1 = exp_lanes(s1 - all(peak));
+            *(lanes *)scores[r] = s0, *(lanes *)(scores[r] + 16) = s1;
+            both = s0 + s1;
+            for (int z = 0; z < 16; z++) sum += both[z];
+            float keep = most[r] == -INFINITY ? 0.f : exp_lanes(all(most[r] - peak))[0];
+            total[r] = total[r] * keep + sum;
+            most[r] = peak;
+            if (keep != 1.f)
+                for (int d = 0; d < W; d += 16) *(lanes *)(sums[r] + d) *= all(keep);
+        }
+        for (int d = 0; d < W; d += 32) {
+            lanes part[MOST_ROWS][2];
+            for (int r = 0; r < R; r++) {
+                part[r][0] = *(lanes *)(sums[r] + d);
+                part[r][1] = *(lanes *)(sums[r] + d + 16);
+            }
+            for (int j = bottom; j < top; j++) {
+                lanes v0 = load(a->values, at + (size_t)j * W + d, is_half), v1 = load(a->values, at + (size_t)j * W + d + 16, is_half);
+                for (int r = 0; r < R; r++) {
+                    lanes x = all(scores[r][j]);
+                    part[r][0] += x * v0;
+                    part[r][1] += x * v1;
+                }
+            }
+            for (int r = 0; r < R; r++) {
+                *(lanes *)(sums[r] + d) = part[r][0];
+                *(lanes *)(sums[r] + d + 16) = part[r][1];
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int d = 0; d < H; d++) {
+            float x = sums[r][d] / total[r];
+            if (is_half)
+                ((uint16_t *)a->o)[rows[r] * H + d] = to_half(x);
+            else
+                ((float *)a->o)[rows[r] * H + d] = x;
+        }
+}
+
+static void attend_rows(const Attention *a, const int32_t *table, int head, const size_t *rows, const int32_t *positions, int count, int is_half) {
+#define CASE(R)                                                 \
+    case R:                                                     \
+        if (is_half)                                            \
+            tile(a, table, head, rows, positions, R, 1);        \
+        else                                                    \
+            tile(a, table, head, rows, positions, R, 0);        \
+        break;
+    switch (count) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+    }
+#undef CASE
+}
+
+/* Attend all rows. A unit of work is one tile: some rows of one sequence under one key-value head. */
+void attend(const Attention *a, int is_half) {
+    const int G = a->num_heads / a->num_kv_heads, B = a->num_sequences;
+    int64_t num_units = 0, work = 0;
+    for (int b = 0; b < B; b++) {
+        int num_rows = a->starts[b + 1] - a->starts[b];
+        num_units += (int64_t)a->num_kv_heads * ((num_rows * G + MOST_ROWS - 1) / MOST_ROWS);
+        if (num_rows) work += (int64_t)num_rows * a->num_heads * a->width * (a->positions[a->starts[b + 1] - 1] + 1);
+    }
+    const int team = work < SERIAL_WORK ? 1 : a->num_threads;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
+    for (int64_t unit = 0; unit < num_units; unit++) {
+        int64_t rest = unit;
+        int b = 0, per_head = 0, num_queries = 0;
+        for (;; b++) {
+            num_queries = (a->starts[b + 1] - a->starts[b]) * G;
+            per_head = (num_queries + MOST_ROWS - 1) / MOST_ROWS;
+            if (rest < (int64_t)per_head * a->num_kv_heads) break;
+            rest -= (int64_t)per_head * a->num_kv_heads;
+        }
+        const int head = (int)(rest / per_head), begin = (int)(rest % per_head) * MOST_ROWS;
+        const int count = num_queries - begin < MOST_ROWS ? num_queries - begin : MOST_ROWS;
+        size_t rows[MOST_ROWS];
+        int32_t positions[MOST_ROWS];
+        for (int r = 0; r < count; r++) {
+            const int t = a->starts[b] + (begin + r) / G;
+            rows[r] = (size_t)t * a->num_heads + head * G + (begin + r) % G;
+            positions[r] = a->positions[t];
+        }
+        attend_rows(a, a->tables + (size_t)b * a->table_width, head, rows, positions, count, is_half);
+    }
+}
+
+/* Put T new keys and values [T][Kh][H] into their slots (page * PAGE + place); copies, so any dtype of that size will do. */
+#define APPEND(NAME, TYPE)                                                                                                             \
+    void NAME(const TYPE *k, const TYPE *v, const int64_t *slots, int T, int Kh, int H, int W, TYPE *keys, TYPE *values) {             \
+        for (int t = 0; t < T; t++)                                                                                                    \
+            for (int h = 0; h < Kh; h++) {                                                                                             \
+                const size_t at = ((size_t)(slots[t] / PAGE) * Kh + h) * W * PAGE, from = ((size_t)t * Kh + h) * H;                    \
+                TYPE *column = keys + at + slots[t] % PAGE, *row = values + at + (size_t)(slots[t] % PAGE) * W;                        \
+                for (int d = 0; d < H; d++) column[(size_t)d * PAGE] = k[from + d];                                                    \
+                for (int d = H; d < W; d++) column[(size_t)d * PAGE] = 0;                                                              \
+                memcpy(row, v + from, H * sizeof(TYPE));                                                                               \
+                memset(row + H, 0, (W - H) * sizeof(TYPE));                                                                            \
+            }                                                                                                                          \
+    }
+APPEND(append_float, float)
+APPEND(append_half, uint16_t)

@@ -1,0 +1,101 @@
+"""Every operation of a fused model gives a row the same bits in any company: the table that the engine's promise rests on."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llavakit.model.linear import Linear, PackedLinear, RMSNorm
+from llavakit.ops.gate import silu_gate, steady_gate
+from llavakit.ops.rope import RopeSpec, rope_tables, rotate
+
+WIDTHS = (1, 7, 33, 64, 96, 200, 257)
+ROWS = (*range(1, 19), 31, 32, 33, 48, 63, 64)
+DTYPES = (torch.float32, torch.bfloat16)
+Op = Callable[[Tensor], Tensor]
+
+
+def linear(dtype: torch.dtype, width: int, num_out: int, *, num_slices: int = 1, bias: bool = True) -> Op:
+    layer = Linear(width, num_out, bias=bias)
+    generator = torch.Generator().manual_seed(width)
+    for weight in layer.parameters():
+        nn.init.normal_(weight, generator=generator)
+    layer = layer.to(dtype)
+    return PackedLinear(layer.weight, layer.bias, num_slices=num_slices)
+
+
+def norm(dtype: torch.dtype, width: int) -> Op:
+    layer = RMSNorm(width, 1e-5).to(dtype)
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(width))
+    return layer
+
+
+def gate(x_MD: Tensor) -> Tensor:
+    return steady_gate(x_MD, x_MD.flip(-1).contiguous())
+
+
+def rotation(x_MD: Tensor) -> Tensor:
+    """Rotate rows that all stand at one position, each as one head."""
+    width = x_MD.shape[1] // 2 * 2
+    tables = rope_tables(torch.full((x_MD.shape[0],), 1234), RopeSpec(head_dim=width, theta=1e4), x_MD.dtype)
+    return rotate(x_MD[:, None, :width].contiguous(), tables)
+
+
+def ops(dtype: torch.dtype, width: int) -> Iterator[tuple[str, Op]]:
+    for num_out in (1, 40, 130):
+        yield f"linear {width}x{num_out}", linear(dtype, width, num_out)
+    yield "linear without bias", linear(dtype, width, 65, bias=False)
+    if width % 4 == 0:
+        yield "linear in slices", linear(dtype, width, 33, num_slices=4)
+    if width > 1:
+        yield "rotation", rotation
+    yield "norm", norm(dtype, width)
+    yield "gate", gate
+    yield "sum", functools.partial(torch.add, other=1.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_row_has_the_same_bits_among_any_number_of_rows(dtype: torch.dtype, width: int) -> None:
+    chance = random.Random(width)
+    x_MD = torch.randn(max(ROWS), width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            for name, op in ops(dtype, width):
+                torch.set_num_threads(1)
+                alone = op(x_MD[:1])[0]
+                for threads in (1, 2):
+                    torch.set_num_threads(threads)
+                    for num_rows in ROWS:
+                        place = chance.randrange(num_rows)
+                        company = x_MD[chance.sample(range(1, max(ROWS)), num_rows - 1)]
+                        found = op(torch.cat((company[:place], x_MD[:1], company[place:])))[place]
+                        assert torch.equal(found, alone), f"{name} with {num_rows} rows, {threads} threads, place {place}"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_steady_gate_is_torchs(dtype: torch.dtype) -> None:
+    gate_TD, up_TD = torch.randn(2, 33, 97, generator=torch.Generator().manual_seed(0)).mul(20).to(dtype)
+    bound = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(steady_gate(gate_TD, up_TD), silu_gate(gate_TD, up_TD), atol=bound, rtol=bound)
+    extreme = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4]]).to(dtype)
+    torch.testing.assert_close(steady_gate(extreme, torch.ones_like(extreme)), torch.relu(extreme), atol=1e-6, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_products_are_the_unpacked_ones(dtype: torch.dtype) -> None:
+    layer = Linear(96, 50)
+    for weight in layer.parameters():
+        nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    layer = layer.to(dtype)
+    x_BTD = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    bound = 1e-4 if dtype == torch.float32 else 0.2
+    torch.testing.assert_close(PackedLinear(layer.weight, layer.bias)(x_BTD), layer(x_BTD), atol=bound, rtol=bound)
