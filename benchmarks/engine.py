@@ -8,8 +8,8 @@ question     the first token of a second question about a picture beside that of
 scheduler    bookkeeping alone: tokens per second of 64 sequences without a model
 invariance   what it costs that a row's bits do not depend on the others: against products of one row, torch's silu and torch's attention
 
-Prompts are ready on both sides, caches are empty at the start of each run, and answers have given lengths; of a padded batch only the tokens
-asked for count. Run: python -m benchmarks.engine [--parts miniature large ...] [--rounds 3]
+Prompts are ready on both sides, caches are empty at the start of each run, and answers have given lengths; of a padded batch only the
+tokens asked for count. Run: python -m benchmarks.engine [--parts miniature large ...] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def question(rounds: int) -> dict[str, Any]:
 
 
 def large_llava() -> LLM:
-    """Build a LLaVA with CLIP's large tower for 336 pixels in front of the 1B shape, bfloat16, with the miniature's processor at that size."""
+    """Build a LLaVA of CLIP's large tower for 336 pixels and the 1B shape, bfloat16; the processor is the miniature's at that size."""
     small = LLM(MINIATURE, device="cpu").processor
     assert isinstance(small, LlavaProcessor)
     text = random_core(torch.bfloat16, "cpu").config

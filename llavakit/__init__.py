@@ -7,6 +7,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "ClipVisionConfig",
     "Conversation",
     "ImagePart",
@@ -34,6 +35,10 @@ def __getattr__(name: str) -> Any:
             from llavakit.engine import llm
 
             return llm.LLM
+        case "AsyncEngine":
+            from llavakit.engine import service
+
+            return service.AsyncEngine
         case "LlamaForCausalLM" | "LlamaModel" | "LlavaLlamaForCausalLM":
             from llavakit.pretrained import causal_lm
 

@@ -71,6 +71,11 @@ class Change:
         """The kinds of the two factors of what it adds, if it adds something."""
         return next((pair for pair in _PAIRS if all(kind in self.names for kind in pair)), None)
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether all it does is to add a product of two factors to a matrix that is no embedding."""
+        return set(self.names) == set(_PAIRS[0])
+
 
 class Adapter:
     """An opened adapter's folder."""
@@ -126,6 +131,12 @@ class Adapter:
         changed = weight.float() + product
         factor_O: Tensor = magnitude_O / torch.linalg.norm(changed, dim=1)
         return (factor_O.view(-1, 1) * changed).to(weight.dtype)
+
+    def factors(self, target: str) -> tuple[Tensor, Tensor]:
+        """Read the factors a_RI and b_OR of a weight's sum, float32, the scale in b."""
+        change = self.changes[target]
+        a_RI, b_OR = (self.tensors.read(change.names[kind]).float() for kind in _PAIRS[0])
+        return a_RI, b_OR * self._scale(change, a_RI.shape[0])
 
     def close(self) -> None:
         """Close the file."""

@@ -9,12 +9,15 @@ Legend: T tokens of a step  M rows whose logits are wanted  V vocabulary
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from llavakit.checkpoint.factors import load_lora
 from llavakit.engine.lookup import Lookup
 from llavakit.engine.pictures import FeatureCache, Picture, pictures_of, spans_of
 from llavakit.engine.request import Answer, Request, TokenEvent
@@ -22,6 +25,8 @@ from llavakit.engine.runner import Runner, StepInput, page_shape
 from llavakit.engine.scheduler import Job, Limits, Row, Scheduler, Work
 from llavakit.errors import CapacityError, ConfigError, NumericError, PromptError
 from llavakit.model.llava import IMAGE_PLACEHOLDER, LlamaCore, LlavaCore
+from llavakit.model.lora import Lora
+from llavakit.model.surgery import adapt
 from llavakit.ops.paged import PAGE
 from llavakit.ops.sampling import logprobs_of
 from llavakit.types import Completion
@@ -81,6 +86,7 @@ class _Task:
     request: Request
     job: Job
     pictures: dict[str, Picture]
+    lora: Lora | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
     answers: dict[Row, Answer] = field(default_factory=dict)
     logits: dict[Row, Tensor] = field(default_factory=dict)
@@ -109,6 +115,8 @@ class Engine:
         self.scheduler = Scheduler(limits)
         self.features = FeatureCache(settings.feature_bytes)
         self._tasks: dict[int, _Task] = {}
+        self._adapters: dict[str, tuple[str, Lora]] = {}
+        self._num_adapters = 0
         self._events: list[TokenEvent] = []
         self._num_added = self._num_steps = self._num_tokens = self._num_guessed = self._num_right = 0
         image_ids = (IMAGE_PLACEHOLDER, core.config.image_token_index) if isinstance(core, LlavaCore) else ()
@@ -116,8 +124,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether some request is not over."""
-        return bool(self._tasks)
+        """Whether some request is not over, or its end was not told yet."""
+        return bool(self._tasks or self._events)
 
     def add(self, request: Request) -> int:
         """Accept a request and return its number. Raises: PromptError, CapacityError for one that can never run."""
@@ -129,6 +137,7 @@ class Engine:
         spans = () if is_embedded else spans_of(prompt, pictures, self._image_ids)
         if not is_embedded:
             self._check_ids(prompt.ids)
+        adapter, lora = self._adapter(request.terms.adapter)
         most_rows = request.params.num_beams if request.beams is not None else len(request.answers)
         needed = self.scheduler.blocks_needed(len(prompt.ids), request.max_tokens, most_rows)
         if needed > self.settings.num_blocks:
@@ -142,16 +151,32 @@ class Engine:
             most_rows=most_rows,
             spans=spans,
             tenant=request.terms.tenant,
-            adapter=request.terms.adapter,
+            adapter=adapter,
             is_cached=not is_embedded,
             most_found=None if request.logprobs_from is None else request.logprobs_from - 1,
         )
-        task = _Task(request, job, {picture.digest: picture for picture in pictures})
+        task = _Task(request, job, {picture.digest: picture for picture in pictures}, lora)
         task.answers[job.rows[0]] = request.answers[0]
         self._num_added += 1
         self._tasks[job.number] = task
         self.scheduler.add(job)
         return job.number
+
+    def load_adapter(self, name: str, source: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> None:
+        """Load a PEFT adapter under a name; requests that name it go through it. Raises: ConfigError, CheckpointError."""
+        if not name or name in self._adapters:
+            raise ConfigError(f"an adapter needs a name of its own, got {name!r}; loaded are {', '.join(self._adapters) or 'none'}")
+        if self.runner.adapting is None:
+            self.runner.adapting = adapt(self.core)
+        lora = load_lora(source, self.core, revision=revision, allow_pickle=allow_pickle)
+        # A name that comes back may mean other weights, so what was computed under it is not found again.
+        self._num_adapters += 1
+        self._adapters[name] = (f"{name} {self._num_adapters}", lora)
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that go through it go on to their end. Raises: ConfigError for one that is not there."""
+        if self._adapters.pop(name, None) is None:
+            raise ConfigError(f"there is no adapter {name!r}; loaded are {', '.join(self._adapters) or 'none'}")
 
     def abort(self, number: int) -> None:
         """End a request now; its last event, with what there is of the answer, comes with the next step."""
@@ -165,15 +190,13 @@ class Engine:
         works = self.scheduler.step()
         inputs = self._inputs(works)
         if inputs:
-            h_TD = self.runner.run(inputs)
-            self._num_steps += 1
-            self._advance([given.work for given in inputs], h_TD)
+            self._compute(inputs)
         events, self._events = self._events, []
         return events
 
     def run(self) -> Iterator[TokenEvent]:
         """Step until nothing is left to do."""
-        while self._tasks or self._events:
+        while self.has_work:
             yield from self.step()
 
     def stats(self) -> Stats:
@@ -197,6 +220,18 @@ class Engine:
 
     # What a step does
 
+    def _compute(self, inputs: Sequence[StepInput]) -> None:
+        """Run the model and let every request go on; where the model cannot run, the requests of this step end."""
+        self._num_steps += 1
+        works = [given.work for given in inputs]
+        try:
+            h_TD = self.runner.run(inputs)
+        except Exception as error:
+            for number in {work.job.number for work in works}:
+                self._fail(self._tasks[number], error)
+            return
+        self._advance(works, h_TD)
+
     def _inputs(self, works: Sequence[Work]) -> list[StepInput]:
         """Gather what the works need beside their ids; a request whose picture cannot be encoded ends here."""
         inputs: list[StepInput] = []
@@ -210,14 +245,14 @@ class Engine:
                 self._fail(task, error)
                 inputs = [given for given in inputs if given.work.job is not work.job]
                 continue
-            inputs.append(StepInput(work, features, task.request.terms.embeds_TD))
+            inputs.append(StepInput(work, features, task.request.terms.embeds_TD, task.lora))
         return inputs
 
     def _features(self, task: _Task, work: Work) -> dict[str, Tensor]:
         needed = {span.digest for span in work.job.spans if span.start < work.stop and span.stop > work.first}
         for digest in needed - task.features.keys():
-            runner = self.runner
-            task.features[digest] = self.features.features(self.core, task.pictures[digest], runner.dtype, runner.device)
+            encode = functools.partial(self.runner.encode, task.pictures[digest], task.lora)
+            task.features[digest] = self.features.features(f"{work.job.adapter} {digest}", encode)
         return task.features
 
     def _advance(self, works: Sequence[Work], h_TD: Tensor) -> None:
@@ -346,6 +381,14 @@ class Engine:
     def _forget(self, task: _Task, *, is_failed: bool = False) -> None:
         self.scheduler.end(task.job, is_failed=is_failed)
         del self._tasks[task.job.number]
+
+    def _adapter(self, name: str) -> tuple[str, Lora | None]:
+        """Return what marks an adapter's cache, and the adapter. Raises: PromptError."""
+        if not name:
+            return "", None
+        if name not in self._adapters:
+            raise PromptError(f"there is no adapter {name!r}; loaded are {', '.join(self._adapters) or 'none'}")
+        return self._adapters[name]
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         """Check that ids can be looked up. Raises: PromptError."""

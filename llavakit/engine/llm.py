@@ -10,7 +10,7 @@ import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self, overload
@@ -21,9 +21,9 @@ from llavakit.checkpoint.generation import load_generation
 from llavakit.checkpoint.load import load_config, load_core, load_processor
 from llavakit.checkpoint.parts import Sources
 from llavakit.checkpoint.placement import choose_device, choose_dtype
-from llavakit.engine.constraint import Grammars
 from llavakit.engine.engine import Engine, EngineSettings
-from llavakit.engine.request import Request, Terms, TokenEvent
+from llavakit.engine.factory import RequestFactory
+from llavakit.engine.request import Request, TokenEvent
 from llavakit.engine.runner import page_shape
 from llavakit.errors import CapacityError, ConfigError, LlavaError, PromptError
 from llavakit.logs import logger
@@ -37,7 +37,7 @@ from llavakit.processing.text import TextProcessor
 from llavakit.storage.hub import resolve_model
 from llavakit.types import Completion, Conversation, SamplingParams, Scored, Usage
 
-__all__ = ["LLM", "MINIATURE"]
+__all__ = ["LLM", "MINIATURE", "joined_answers"]
 
 _LOG = logger("engine")
 MINIATURE = Path(__file__).parent.parent / "assets" / "miniature"
@@ -64,6 +64,7 @@ class LLM:
         step_tokens: int | None = None,
         prefix_cache: bool = True,
         lookup_tokens: int = 0,
+        adapters: Mapping[str, str | Path] | None = None,
         preprocess: Literal["auto", "crop", "pad"] = "auto",
         template: str | None = None,
         base: str | Path | None = None,
@@ -75,7 +76,8 @@ class LLM:
 
         max_batch sequences run together, on kv_memory bytes of cache (None: as much as they can need, or a share of what is free);
         a step computes at most step_tokens tokens; prefix_cache keeps what was computed for questions that begin alike;
-        lookup_tokens is how many tokens are guessed per step from the text before, which is faster and changes no answer.
+        lookup_tokens is how many tokens are guessed per step from the text before, which is faster and changes no answer. adapters are
+        PEFT folders by the names under which requests ask for them.
         template is the name of one of ours in place of the files' own. base is the folder or hub id that an adapter, a delta or a
         projector belongs to, vision_tower that of the tower of an original LLaVA that does not hold its own. auto picks CUDA where
         there is one, the files' dtype (bfloat16 for float16 files on a CPU, which is slow in float16), and the files' preprocessing,
@@ -97,6 +99,8 @@ class LLM:
         end_ids = (*config.get_text_config().end_ids(), *load_generation(folder).end_ids)
         settings = _Settings(max_batch, kv_memory, step_tokens, prefix_cache, lookup_tokens)
         self._take(core, processor, end_ids, settings)
+        for name, source in ({} if adapters is None else adapters).items():
+            self.load_adapter(name, source, allow_pickle=allow_pickle)
 
     @classmethod
     def of(
@@ -121,11 +125,10 @@ class LLM:
         return llm
 
     def _take(self, core: LlamaCore | LlavaCore, processor: Processor, end_ids: Iterable[int], settings: _Settings) -> None:
-        self.core, self.processor, self.max_batch = core, processor, settings.max_batch
-        self.end_ids = processor.end_ids | frozenset(end_ids)
-        self.context_len, engine_settings = settings.planned(core)
+        context_len, engine_settings = settings.planned(core)
+        self.core, self.processor = core, processor
+        self.requests = RequestFactory(processor, end_ids, context_len)
         self.engine = Engine(core, engine_settings)
-        self._grammars = Grammars(processor.tokenizer, self.end_ids)
         self._boxes: dict[int, deque[TokenEvent]] = {}
         self._lock = threading.RLock()
 
@@ -136,6 +139,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tenant: str = "",
+        adapter: str = "",
         progress: bool = False,
     ) -> Completion: ...
     @overload
@@ -145,6 +149,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tenant: str = "",
+        adapter: str = "",
         progress: bool = False,
     ) -> list[Completion]: ...
     def chat(
@@ -153,6 +158,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tenant: str = "",
+        adapter: str = "",
         progress: bool = False,
     ) -> Completion | list[Completion]:
         """Answer one conversation, or many together; the order is kept. params are for all, or one for each.
@@ -161,9 +167,10 @@ class LLM:
         progress shows a bar on stderr. Raises: PromptError, ImageError, CapacityError where a single conversation cannot be answered.
         """
         if isinstance(conversations, Conversation):
-            return self._one(self._chat_request(conversations, _for_each(params, 1)[0], tenant))
+            return self._one(self.requests.chat(conversations, _for_each(params, 1)[0], tenant=tenant, adapter=adapter))
         asked = zip(conversations, _for_each(params, len(conversations)), strict=True)
-        return self._many([functools.partial(self._chat_request, one, own, tenant) for one, own in asked], progress=progress)
+        make = functools.partial(self.requests.chat, tenant=tenant, adapter=adapter)
+        return self._many([functools.partial(make, one, own) for one, own in asked], progress=progress)
 
     @overload
     def generate(
@@ -172,6 +179,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tenant: str = "",
+        adapter: str = "",
         progress: bool = False,
     ) -> Completion: ...
     @overload
@@ -181,6 +189,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tenant: str = "",
+        adapter: str = "",
         progress: bool = False,
     ) -> list[Completion]: ...
     def generate(
@@ -189,6 +198,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tenant: str = "",
+        adapter: str = "",
         progress: bool = False,
     ) -> Completion | list[Completion]:
         """Continue texts, ids, or prompts that the processor made, without any chat template; otherwise as chat().
@@ -196,23 +206,28 @@ class LLM:
         A text begins with the tokenizer's bos where the model's prompts do; nothing in it is markup.
         """
         if isinstance(prompts, str | Prompt):
-            return self._one(self._text_request(prompts, _for_each(params, 1)[0], tenant))
+            return self._one(self.requests.text(prompts, _for_each(params, 1)[0], tenant=tenant, adapter=adapter))
         listed: Sequence[str | Prompt | Sequence[int]] = prompts
         asked = zip(listed, _for_each(params, len(listed)), strict=True)
-        return self._many([functools.partial(self._text_request, one, own, tenant) for one, own in asked], progress=progress)
+        make = functools.partial(self.requests.text, tenant=tenant, adapter=adapter)
+        return self._many([functools.partial(make, one, own) for one, own in asked], progress=progress)
 
-    def stream(self, conversation: Conversation, params: SamplingParams | None = None, *, tenant: str = "") -> Iterator[TokenEvent]:
+    def stream(
+        self, conversation: Conversation, params: SamplingParams | None = None, *, tenant: str = "", adapter: str = ""
+    ) -> Iterator[TokenEvent]:
         """Answer one conversation token by token; an answer's last event holds its completion. Closing the iterator ends the work.
 
         Raises: PromptError, ImageError, CapacityError, at once.
         """
-        return self._events(self._chat_request(conversation, _for_each(params, 1)[0], tenant))
+        return self._events(self.requests.chat(conversation, params, tenant=tenant, adapter=adapter))
 
-    def stream_text(self, prompt: str | Prompt, params: SamplingParams | None = None, *, tenant: str = "") -> Iterator[TokenEvent]:
+    def stream_text(
+        self, prompt: str | Prompt, params: SamplingParams | None = None, *, tenant: str = "", adapter: str = ""
+    ) -> Iterator[TokenEvent]:
         """Continue one text or prompt token by token, as stream() answers conversations."""
-        return self._events(self._text_request(prompt, _for_each(params, 1)[0], tenant))
+        return self._events(self.requests.text(prompt, params, tenant=tenant, adapter=adapter))
 
-    def score(self, conversation: Conversation, candidates: Sequence[str], *, tenant: str = "") -> list[Scored]:
+    def score(self, conversation: Conversation, candidates: Sequence[str], *, tenant: str = "", adapter: str = "") -> list[Scored]:
         """Return how likely each candidate is as the whole answer, its end included; the pictures are looked at once for all.
 
         Raises: PromptError for no candidates, an empty one, or a conversation that does not end with a user's turn.
@@ -221,48 +236,23 @@ class LLM:
             raise PromptError("there is nothing to score; give at least one candidate")
         if not all(candidates):
             raise PromptError("an empty candidate has no tokens to score")
-        asked = self.processor.prompt(conversation, max_len=self.context_len - 1)
-        makers = [functools.partial(self._scored_request, conversation.reply(candidate), asked, tenant) for candidate in candidates]
-        completions = self._many(makers, progress=False)
+        asked = self.requests.chat(conversation).prompt
+        make = functools.partial(self.requests.scored, asked=asked, tenant=tenant, adapter=adapter)
+        answered = [conversation.reply(candidate) for candidate in candidates]
+        completions = self._many([functools.partial(make, one) for one in answered], progress=False)
         if (error := next((completion.error for completion in completions if completion.error is not None), None)) is not None:
             raise PromptError(f"a candidate cannot be scored: {error}")
         return Scored.of(candidates, [completion.prompt_logprobs or () for completion in completions])
 
-    # Requests
+    def load_adapter(self, name: str, source: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> None:
+        """Load a PEFT adapter (folder or hub id); calls with adapter=name go through it. Raises: ConfigError, CheckpointError."""
+        with self._lock:
+            self.engine.load_adapter(name, source, revision=revision, allow_pickle=allow_pickle)
 
-    def _chat_request(self, conversation: Conversation, params: SamplingParams, tenant: str) -> Request:
-        return self._request(self.processor.prompt(conversation, max_len=self.context_len - 1), params, tenant)
-
-    def _text_request(self, prompt: str | Prompt | Sequence[int], params: SamplingParams, tenant: str) -> Request:
-        return self._request(self._prompt(prompt), params, tenant)
-
-    def _scored_request(self, answered: Conversation, asked: Prompt, tenant: str) -> Request:
-        prompt = self.processor.answered(answered, asked)
-        # The last stretch that a model learns is the answer; earlier ones are earlier answers.
-        stop = len(prompt.ids) - prompt.loss_mask[::-1].index(True)
-        unlearned = (index for index in range(stop, 0, -1) if not prompt.loss_mask[index - 1])
-        return self._request(prompt, SamplingParams(), tenant, scored_from=next(unlearned, 1))
-
-    def _prompt(self, prompt: str | Prompt | Sequence[int]) -> Prompt:
-        if isinstance(prompt, Prompt):
-            return prompt
-        if isinstance(prompt, str):
-            markers = self.processor.markers
-            opening = [markers.bos] if markers.has_opening and markers.bos is not None else []
-            prompt = [*opening, *self.processor.tokenizer.encode_text(prompt)]
-        return Prompt(tuple(prompt), (False,) * len(prompt), torch.empty(0, 3, 1, 1))
-
-    def _request(self, prompt: Prompt, params: SamplingParams, tenant: str, *, scored_from: int | None = None) -> Request:
-        terms = Terms(
-            context_len=self.context_len,
-            end_ids=self.end_ids,
-            tokenizer=self.processor.tokenizer,
-            stops=self.processor.template.stops,
-            constrain=self._grammars.constrain,
-            scored_from=scored_from,
-            tenant=tenant,
-        )
-        return Request(prompt, params, terms)
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter; what goes through it goes on to its end. Raises: ConfigError for one that is not there."""
+        with self._lock:
+            self.engine.drop_adapter(name)
 
     # Results
 
@@ -312,7 +302,7 @@ class LLM:
 
     def _one(self, request: Request) -> Completion:
         found = [event for event in self._events(request) if event.completion is not None]
-        return _joined(found)
+        return joined_answers(found)
 
     def _many(self, makers: Sequence[Callable[[], Request]], *, progress: bool) -> list[Completion]:
         """Answer many requests, which are made as the engine gets to them, so that only few pictures are held at a time."""
@@ -339,7 +329,7 @@ class LLM:
                         found[event.request].append(event)
                     if event.is_last:
                         place = places.pop(event.request)
-                        completions[place] = _joined(found.pop(event.request))
+                        completions[place] = joined_answers(found.pop(event.request))
                         if event.error is not None:
                             _LOG.warning("request %d failed: %s", place, event.error)
                         advance()
@@ -382,7 +372,7 @@ class _Settings:
         return min(context_len, num_blocks * PAGE), settings
 
 
-def _joined(events: Sequence[TokenEvent]) -> Completion:
+def joined_answers(events: Sequence[TokenEvent]) -> Completion:
     """Return the first answer of a request, which holds the others."""
     first, *others = (event.completion for event in sorted(events, key=lambda event: event.answer) if event.completion is not None)
     return replace(first, others=(*first.others, *others)) if others else first

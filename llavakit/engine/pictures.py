@@ -10,15 +10,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-import torch
 from torch import Tensor
 
 from llavakit.engine.blocks import Span
 from llavakit.errors import PromptError
 from llavakit.geometry import ImageGrid, num_image_tokens, num_tiles
-from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.processing.processor import Prompt
 
 __all__ = ["FeatureCache", "Picture", "pictures_of", "spans_of"]
@@ -62,26 +60,23 @@ def spans_of(prompt: Prompt, pictures: list[Picture], image_ids: Collection[int]
 
 
 class FeatureCache:
-    """Features by digest, at most max_bytes of them."""
+    """Features by picture and what encoded it, at most max_bytes of them."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = self.num_encoded = self.num_found = 0
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
-    @torch.inference_mode()
-    def features(self, core: LlamaCore | LlavaCore, picture: Picture, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a picture's features_FD, from the cache or from the tower. Raises: InputError for pixels that cannot be used."""
-        known = self._features.get(picture.digest)
+    def features(self, key: str, encode: Callable[[], Tensor]) -> Tensor:
+        """Return the features_FD of a key, from the cache or else encoded."""
+        known = self._features.get(key)
         if known is not None:
-            self._features.move_to_end(picture.digest)
+            self._features.move_to_end(key)
             self.num_found += 1
             return known
-        if not isinstance(core, LlavaCore):
-            raise PromptError("this model is a language model without a vision tower; ask without a picture")
-        features_FD = core.encode_images(picture.tiles_N3SS.to(device), [picture.grid], dtype=dtype)
+        features_FD = encode()
         self.num_encoded += 1
-        self._keep(picture.digest, features_FD)
+        self._keep(key, features_FD)
         return features_FD
 
     def clear(self) -> None:
@@ -89,8 +84,8 @@ class FeatureCache:
         self._features.clear()
         self.num_bytes = 0
 
-    def _keep(self, digest: str, features_FD: Tensor) -> None:
-        self._features[digest] = features_FD
+    def _keep(self, key: str, features_FD: Tensor) -> None:
+        self._features[key] = features_FD
         self.num_bytes += features_FD.nbytes
         while self.num_bytes > self.max_bytes:
             _, oldest = self._features.popitem(last=False)

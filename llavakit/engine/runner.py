@@ -6,14 +6,17 @@ Legend: T tokens of a step  M rows whose logits are wanted  D model width  V voc
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llavakit.engine.pictures import Picture
 from llavakit.engine.scheduler import Work
 from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.lora import Adapting, Lora
 from llavakit.ops.paged import Paged, Pages, PageShape, Rows
 
 __all__ = ["Runner", "StepInput", "page_shape"]
@@ -30,6 +33,8 @@ class StepInput:
     """Of the pictures that its positions overlap, by digest."""
     embeds_TD: Tensor | None
     """Of the whole prompt, where a caller gave them."""
+    lora: Lora | None
+    """The adapter that its tokens go through."""
 
 
 class Runner:
@@ -40,6 +45,8 @@ class Runner:
         weight = core.get_input_embeddings().weight
         self.dtype, self.device = weight.dtype, weight.device
         self.pages = Pages(page_shape(core), num_pages, self.dtype, self.device, use_kernels=use_kernels)
+        self.adapting: Adapting | None = None
+        """Set once the model has place for adapters."""
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages (from, to)."""
@@ -49,7 +56,14 @@ class Runner:
     def run(self, inputs: Sequence[StepInput]) -> Tensor:
         """Compute the works' tokens, end to end: h_TD after the last layer; their keys and values are in the cache afterwards."""
         attn = Paged(self.pages, [Rows(given.work.first, given.work.stop, given.work.row.blocks) for given in inputs])
-        return self.core.forward_packed(self._embed(inputs), attn.positions_T, attn)
+        with self.adapting.using(self._active(inputs)) if self.adapting is not None else contextlib.nullcontext():
+            return self.core.forward_packed(self._embed(inputs), attn.positions_T, attn)
+
+    def encode(self, picture: Picture, lora: Lora | None) -> Tensor:
+        """Encode one picture: features_FD. Raises: InputError for pixels that cannot be used."""
+        assert isinstance(self.core, LlavaCore)
+        with self.adapting.using([(None, lora)]) if self.adapting is not None and lora is not None else contextlib.nullcontext():
+            return self.core.encode_images(picture.tiles_N3SS.to(self.device), [picture.grid], dtype=self.dtype)
 
     def logits(self, h_TD: Tensor, rows: Sequence[int]) -> Tensor:
         """Score the vocabulary after chosen tokens of a step: z_MV."""
@@ -57,6 +71,17 @@ class Runner:
         if len(rows) <= _LOGIT_ROWS:
             return self.core.logits(h_TD[chosen])
         return torch.cat([self.core.logits(h_TD[part]) for part in chosen.split(_LOGIT_ROWS)])
+
+    def _active(self, inputs: Sequence[StepInput]) -> list[tuple[Tensor | None, Lora]]:
+        """Say which of a step's tokens go through which adapters."""
+        rows: dict[Lora, list[int]] = {}
+        offset = 0
+        for given in inputs:
+            count = given.work.stop - given.work.first
+            if given.lora is not None:
+                rows.setdefault(given.lora, []).extend(range(offset, offset + count))
+            offset += count
+        return [(torch.tensor(own, device=self.device), lora) for lora, own in rows.items()]
 
     def _embed(self, inputs: Sequence[StepInput]) -> Tensor:
         """Look up the tokens, and put in their places what is no token: a picture's features, a caller's embeddings."""

@@ -1,6 +1,6 @@
 """Changing a built model: fresh weights, and which of them train.
 
-Owns: init_weights, init_projector, freeze, resize_vocabulary, resized_rows and fuse. Later quantising and LoRA join here; nothing
+Owns: init_weights, init_projector, freeze, resize_vocabulary, resized_rows, fuse and adapt. Later quantising joins here; nothing
 else may touch a model's modules.
 """
 
@@ -18,10 +18,11 @@ from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import RowParallelLinear, SwiGlu, TokenEmbedding
 from llavakit.model.linear import Linear, PackedLinear
+from llavakit.model.lora import AdaptedLinear, Adapting
 from llavakit.model.projector import MultiModalProjector
 from llavakit.ops.gate import steady_gate
 
-__all__ = ["TrainableRow", "freeze", "fuse", "init_projector", "init_weights", "resize_vocabulary", "resized_rows"]
+__all__ = ["TrainableRow", "adapt", "freeze", "fuse", "init_projector", "init_weights", "resize_vocabulary", "resized_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,16 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> bool:
         if isinstance(module, SwiGlu):
             module.gate = steady_gate
     return is_packed
+
+
+def adapt(model: nn.Module) -> Adapting:
+    """Make place for adapters beside every product but the head, whose rows are others; fuse comes before it."""
+    adapting = Adapting()
+    for path, module in list(model.named_modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear | PackedLinear) and name != "lm_head":
+                setattr(module, name, AdaptedLinear(child, f"{path}.{name}", adapting))
+    return adapting
 
 
 def resize_vocabulary(embedding: TokenEmbedding, head: nn.Linear | None, config: LlamaConfig, num_tokens: int) -> None:
