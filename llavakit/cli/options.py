@@ -34,6 +34,8 @@ class ModelOptions:
     """Dtype of weights and activations; auto takes the files'."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes CUDA where there is one."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Store the language model's products in 8 or 4 bits: for GPUs with less memory than the weights."""
     preprocess: Literal["auto", "crop", "pad"] = "auto"
     """How pictures become square; auto does what the checkpoint's files say."""
     template: str | None = None
@@ -56,6 +58,7 @@ class ModelOptions:
             MINIATURE if self.model is None else self.model,
             dtype=self.dtype,
             device=self.device,
+            quantize=self.quantize,
             preprocess=self.preprocess,
             template=self.template,
             base=self.base,

@@ -252,7 +252,7 @@ class Engine:
         needed = {span.digest for span in work.job.spans if span.start < work.stop and span.stop > work.first}
         for digest in needed - task.features.keys():
             encode = functools.partial(self.runner.encode, task.pictures[digest], task.lora)
-            task.features[digest] = self.features.features(f"{work.job.adapter} {digest}", encode)
+            task.features[digest] = self.features.features((work.job.tenant, work.job.adapter, digest), encode)
         return task.features
 
     def _advance(self, works: Sequence[Work], h_TD: Tensor) -> None:

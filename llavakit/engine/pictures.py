@@ -60,14 +60,14 @@ def spans_of(prompt: Prompt, pictures: list[Picture], image_ids: Collection[int]
 
 
 class FeatureCache:
-    """Features by picture and what encoded it, at most max_bytes of them."""
+    """Features by tenant, adapter and picture, at most max_bytes of them."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = self.num_encoded = self.num_found = 0
-        self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self._features: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
 
-    def features(self, key: str, encode: Callable[[], Tensor]) -> Tensor:
+    def features(self, key: tuple[str, ...], encode: Callable[[], Tensor]) -> Tensor:
         """Return the features_FD of a key, from the cache or else encoded."""
         known = self._features.get(key)
         if known is not None:
@@ -84,7 +84,7 @@ class FeatureCache:
         self._features.clear()
         self.num_bytes = 0
 
-    def _keep(self, key: str, features_FD: Tensor) -> None:
+    def _keep(self, key: tuple[str, ...], features_FD: Tensor) -> None:
         self._features[key] = features_FD
         self.num_bytes += features_FD.nbytes
         while self.num_bytes > self.max_bytes:

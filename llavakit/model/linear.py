@@ -1,8 +1,8 @@
 """The dtype rule of the whole project in one place: a weight is cast to its input's dtype where it is used.
 
-Owns: Linear, PackedLinear, RMSNorm, LayerNorm, Embedding. They come uninitialised: surgery.init_weights fills a fresh model, a checkpoint
-fills a loaded one, and nothing is computed twice (or on the meta device, which would import a compiler). Trainable weights may be
-float32 while activations are bfloat16; there is no autocast. The casts cost nothing when the dtypes agree.
+Owns: Linear, PackedLinear, QuantizedLinear, RMSNorm, LayerNorm, Embedding. They come uninitialised: surgery.init_weights fills a fresh
+model, a checkpoint fills a loaded one, and nothing is computed twice (or on the meta device, which would import a compiler). Trainable
+weights may be float32 while activations are bfloat16; there is no autocast. The casts cost nothing when the dtypes agree.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Embedding", "LayerNorm", "Linear", "PackedLinear", "RMSNorm"]
+from llavakit.ops.quantize.weights import Quantized
+
+__all__ = ["Embedding", "LayerNorm", "Linear", "PackedLinear", "QuantizedLinear", "RMSNorm"]
 
 _LEAST_ROWS = 2  # of a packed product: one row is multiplied otherwise
 
@@ -66,6 +68,20 @@ class PackedLinear(nn.Module):
         if not self.is_packed:
             return F.linear(x_MD, weight, bias)
         return torch.ops.mkldnn._linear_pointwise(x_MD, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+class QuantizedLinear(nn.Module):
+    """A product with a weight of small integers, which is made dense for the time of each use: inference only."""
+
+    def __init__(self, weight: Quantized, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.quantized, self.bias = weight, bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply; the result has the input's dtype."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.quantized.dense(input.dtype), bias)
 
 
 def _packed(weight: Tensor) -> Tensor | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from llavakit.model.linear import Linear, PackedLinear
+from llavakit.model.linear import Linear, PackedLinear, QuantizedLinear
 
 __all__ = ["AdaptedLinear", "Adapting", "Lora"]
 
@@ -54,7 +54,7 @@ class Adapting:
 class AdaptedLinear(nn.Module):
     """A product with the adapters that are in use."""
 
-    def __init__(self, base: Linear | PackedLinear, name: str, adapting: Adapting) -> None:
+    def __init__(self, base: Linear | PackedLinear | QuantizedLinear, name: str, adapting: Adapting) -> None:
         super().__init__()
         shape = (base.out_features, base.in_features)
         self.base, self.name, self.adapting, self.shape = base, name, adapting, shape

@@ -1,7 +1,7 @@
-"""Changing a built model: fresh weights, and which of them train.
+"""Changing a built model: fresh weights, which of them train, and what makes it ready to run.
 
-Owns: init_weights, init_projector, freeze, resize_vocabulary, resized_rows, fuse and adapt. Later quantising joins here; nothing
-else may touch a model's modules.
+Owns: init_weights, init_projector, freeze, resize_vocabulary, resized_rows, fuse, quantize and adapt; nothing else may touch a model's
+modules.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
-from llavakit.model.decoder import RowParallelLinear, SwiGlu, TokenEmbedding
-from llavakit.model.linear import Linear, PackedLinear
+from llavakit.model.decoder import DecoderLayer, RowParallelLinear, SwiGlu, TokenEmbedding
+from llavakit.model.linear import Linear, PackedLinear, QuantizedLinear
 from llavakit.model.lora import AdaptedLinear, Adapting
 from llavakit.model.projector import MultiModalProjector
 from llavakit.ops.gate import steady_gate
+from llavakit.ops.quantize.weights import KINDS
 
-__all__ = ["TrainableRow", "adapt", "freeze", "fuse", "init_projector", "init_weights", "resize_vocabulary", "resized_rows"]
+__all__ = ["TrainableRow", "adapt", "freeze", "fuse", "init_projector", "init_weights", "quantize", "resize_vocabulary", "resized_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +99,27 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> bool:
     return is_packed
 
 
+def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
+    """Store the products of a decoder's layers as small integers ("int8" or "nf4") on a device, one after another, and move the rest there.
+
+    Tower, projector, embedding and head keep their dtype. The model can neither train nor be saved afterwards.
+    """
+    for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
+        for module in list(layer.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, Linear):
+                    bias = None if child.bias is None else child.bias.detach().to(device)
+                    setattr(module, name, QuantizedLinear(KINDS[kind](child.weight.detach().to(device)), bias))
+                    del child
+    model.to(device)
+
+
 def adapt(model: nn.Module) -> Adapting:
     """Make place for adapters beside every product but the head, whose rows are others; fuse comes before it."""
     adapting = Adapting()
     for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, Linear | PackedLinear) and name != "lm_head":
+            if isinstance(child, Linear | PackedLinear | QuantizedLinear) and name != "lm_head":
                 setattr(module, name, AdaptedLinear(child, f"{path}.{name}", adapting))
     return adapting
 

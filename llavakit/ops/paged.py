@@ -11,6 +11,7 @@ Legend: T tokens  B sequences  N heads  K key-value heads  G = N / K  H head wid
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -142,21 +143,58 @@ class Paged:
         return torch.cat(outputs)
 
     def _attend_gathered(self, q_TNH: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend with torch's fused kernel over copies of the pages; rows of a sequence see each other's company in their last bits."""
-        outputs, head_dim, window = [], q_TNH.shape[2], self.pages.shape.window
-        starts = self.starts.tolist()
+        """Attend with torch's fused kernel over copies of the pages: sequences with one token all at once, the others one by one."""
+        o_TNH = torch.empty_like(q_TNH)
+        if self._singles is not None:
+            o_TNH[self._singles.tokens_B] = self._singles.attend(q_TNH[self._singles.tokens_B], keys, values)
+        head_dim, starts = q_TNH.shape[2], self.starts.tolist()
         for row, begin, end in zip(self.rows, starts, starts[1:], strict=False):
-            table = torch.tensor(row.table[: -(-row.stop // PAGE)], device=keys.device)
-            k_KSH = keys[table].permute(1, 0, 3, 2).flatten(1, 2)[:, : row.stop, :head_dim]
-            v_KSH = values[table].transpose(0, 1).flatten(1, 2)[:, : row.stop, :head_dim]
-            places_S, positions_t1 = torch.arange(row.stop, device=keys.device), self.positions_T[begin:end, None]
-            seen_tS = places_S <= positions_t1
-            if window is not None:
-                seen_tS &= places_S > positions_t1 - window
-            q_NtH = q_TNH[begin:end].transpose(0, 1)
-            o_NtH = F.scaled_dot_product_attention(q_NtH[None], k_KSH[None], v_KSH[None], attn_mask=seen_tS, enable_gqa=True)[0]
-            outputs.append(o_NtH.transpose(0, 1))
-        return torch.cat(outputs)
+            if end - begin > 1:
+                table = torch.tensor(row.table[: -(-row.stop // PAGE)], device=keys.device)
+                k_KSH = keys[table].permute(1, 0, 3, 2).flatten(1, 2)[:, : row.stop, :head_dim]
+                v_KSH = values[table].transpose(0, 1).flatten(1, 2)[:, : row.stop, :head_dim]
+                seen_tS = _seen(self.positions_T[begin:end], row.stop, self.pages.shape.window)
+                q_NtH = q_TNH[begin:end].transpose(0, 1)
+                o_1NtH = F.scaled_dot_product_attention(q_NtH[None], k_KSH[None], v_KSH[None], attn_mask=seen_tS, enable_gqa=True)
+                o_TNH[begin:end] = o_1NtH[0].transpose(0, 1)
+        return o_TNH
+
+    @functools.cached_property
+    def _singles(self) -> _Singles | None:
+        """The sequences that have one token in this step, where there are such."""
+        device = self.positions_T.device
+        places = [index for index, row in enumerate(self.rows) if row.stop - row.first == 1]
+        if not places:
+            return None
+        num_pages = max(-(-self.rows[index].stop // PAGE) for index in places)
+        tokens_B = self.starts[places].to(device, torch.int64)
+        tables_BP = self.tables[places, :num_pages].to(device, torch.int64)
+        seen_BS = _seen(self.positions_T[tokens_B], num_pages * PAGE, self.pages.shape.window)
+        return _Singles(tokens_B, tables_BP, seen_BS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Singles:
+    """Sequences that attend with one token each, and what they see."""
+
+    tokens_B: Tensor
+    tables_BP: Tensor
+    seen_BS: Tensor
+
+    def attend(self, q_BNH: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend; what a sequence does not see is taken out of the copies, since it may be another's, and no number."""
+        head_dim, unseen = q_BNH.shape[2], ~self.seen_BS[:, None, :, None]
+        k_BKSH = keys[self.tables_BP].permute(0, 2, 1, 4, 3).flatten(2, 3)[..., :head_dim].masked_fill(unseen, 0)
+        v_BKSH = values[self.tables_BP].transpose(1, 2).flatten(2, 3)[..., :head_dim].masked_fill(unseen, 0)
+        mask_B11S = self.seen_BS[:, None, None]
+        return F.scaled_dot_product_attention(q_BNH[:, :, None], k_BKSH, v_BKSH, attn_mask=mask_B11S, enable_gqa=True)[:, :, 0]
+
+
+def _seen(positions_T: Tensor, num_places: int, window: int | None) -> Tensor:
+    """Say which places each position sees: bool [T, num_places]."""
+    places_S, positions_T1 = torch.arange(num_places, device=positions_T.device), positions_T[:, None]
+    seen_TS = places_S <= positions_T1
+    return seen_TS if window is None else seen_TS & (places_S > positions_T1 - window)
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:

@@ -8,6 +8,7 @@ Legend: V vocabulary
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -90,9 +91,15 @@ def token_probabilities(scores_V: Tensor, params: SamplingParams) -> Tensor:
 
 
 def logprobs_of(logits_MV: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
-    """Return the log probability of one token per row, and the row's num_top likeliest tokens."""
+    """Return the log probability of one token per row, and the row's num_top likeliest tokens.
+
+    An id that has no score, as a picture's place may have, has the log probability -inf.
+    """
     logprobs_MV = torch.log_softmax(logits_MV.float(), -1)
-    chosen = logprobs_MV.gather(1, torch.tensor(tokens, device=logprobs_MV.device)[:, None]).squeeze(1).tolist()
+    num_ids = logprobs_MV.shape[1]
+    known = torch.tensor([token if 0 <= token < num_ids else 0 for token in tokens], device=logprobs_MV.device)
+    found = logprobs_MV.gather(1, known[:, None]).squeeze(1).tolist()
+    chosen = [logprob if 0 <= token < num_ids else -math.inf for token, logprob in zip(tokens, found, strict=True)]
     top = logprobs_MV.topk(min(num_top, logprobs_MV.shape[1]), -1)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     likeliest = [tuple(zip(ids, values, strict=True)) for ids, values in pairs]

@@ -10,6 +10,7 @@ import torch
 
 from llavakit.engine.llm import LLM
 from llavakit.errors import ConfigError, PromptError
+from llavakit.model.linear import QuantizedLinear
 from llavakit.processing.image import ImageProcessor
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.types import Conversation, SamplingParams
@@ -129,3 +130,15 @@ def test_preprocessing_is_the_files_own_unless_asked_otherwise(tmp_path: Path, c
     assert isinstance(padded.processor, LlavaProcessor)
     assert padded.processor.image_processor.aspect == "pad"
     assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_weights_still_answer(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    whole, small = LLM(device="cpu", dtype="float32"), LLM(device="cpu", dtype="float32", quantize=kind)  # type: ignore[arg-type]
+    assert "last bits" in caplog.text
+    picture = (Path(__file__).parents[3] / "examples" / "scene.png").read_bytes()
+    question = Conversation.ask("What color is the star?", picture)
+    assert small.chat(question, SHORT).text == whole.chat(question, SHORT).text
+    assert [type(module) for module in small.core.modules() if isinstance(module, QuantizedLinear)]
+    with pytest.raises(ConfigError, match="quantize must be none, int8 or nf4, got 'int2'"):
+        LLM(quantize="int2")  # type: ignore[arg-type]

@@ -118,6 +118,16 @@ def test_a_sequence_gets_the_same_bits_in_any_company(dtype: torch.dtype, use_ke
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("window", [None, 5, 40])
+def test_the_way_of_other_devices_has_the_same_values(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Paged, "_attend_in_order", Paged._attend_gathered)
+    shape = PageShape(num_layers=1, num_kv_heads=2, head_dim=24, window=window)
+    sequences = [draw(length, shape, 3, torch.float32, length) for length in (1, 33, 70, 34)]
+    found = attend(new_pages(shape, torch.float32, use_kernels=False), sequences, tables((1, 33, 70, 34), 0), (33, 1, 1, 2, 1))
+    for output, sequence in zip(found, sequences, strict=True):
+        torch.testing.assert_close(output.double(), textbook(sequence, window), atol=1e-5, rtol=1e-5)
+
+
 def test_copied_pages_hold_what_the_others_hold() -> None:
     shape = PageShape(num_layers=2, num_kv_heads=1, head_dim=32)
     pages = new_pages(shape, torch.float32, use_kernels=True)

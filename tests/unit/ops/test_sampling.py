@@ -1,10 +1,12 @@
 """Sampling: the filters against transformers', the draw against its distribution."""
 
+import math
+
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from llavakit.ops.sampling import sample, token_probabilities
+from llavakit.ops.sampling import logprobs_of, sample, token_probabilities
 from llavakit.types import SamplingParams
 
 
@@ -39,3 +41,10 @@ def test_a_seed_fixes_the_draws() -> None:
     params = SamplingParams(temperature=1.0)
     rows = [[sample(logits(1), params, generator) for _ in range(20)] for generator in (torch.Generator().manual_seed(5) for _ in range(2))]
     assert rows[0] == rows[1]
+
+
+def test_an_id_without_a_score_has_no_probability() -> None:
+    found = logprobs_of(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), [-200, 0], 1)
+    assert found[0].logprob == -math.inf
+    assert [(token, round(logprob, 4)) for token, logprob in found[0].top] == [(1, -0.3133)]
+    assert found[1].logprob == pytest.approx(-0.1269, abs=1e-4)
