@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llavakit.ops.matmul import PackedWeight
 from llavakit.ops.quantize.weights import Quantized
 
 __all__ = ["Embedding", "LayerNorm", "Linear", "PackedLinear", "QuantizedLinear", "RMSNorm"]
-
-_LEAST_ROWS = 2  # of a packed product: one row is multiplied otherwise
 
 
 class Linear(nn.Linear):
@@ -31,43 +30,32 @@ class Linear(nn.Linear):
 
 
 class PackedLinear(nn.Module):
-    """A product on the CPU whose rows do not depend on each other, bit for bit: inference only.
+    """A product on the CPU whose rows do not depend on each other, bit for bit (where is_steady): inference only.
 
-    The weight lies as oneDNN multiplies it fastest. One row is multiplied otherwise than several, so a second one is added. Where oneDNN
-    cannot pack (float16; bfloat16 without AVX-512), is_packed is False, the weight stays as it is, and the last bits of a row may depend
-    on the others. Several slices are summed in order, each rounded to the activations' dtype (config.pretraining_tp).
+    Several slices are summed in order, each rounded to the activations' dtype (config.pretraining_tp).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, num_slices: int = 1) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.dtype, self.bias = weight.dtype, None if bias is None else bias.detach()
-        slices = [part.detach() if num_slices == 1 else part.detach().contiguous() for part in weight.chunk(num_slices, 1)]
-        packed = [_packed(part) for part in slices]
-        self.is_packed = all(part is not None for part in packed)
-        self.slices: list[Tensor] = [part for part in packed if part is not None] if self.is_packed else slices
+        first, *others = weight.chunk(num_slices, 1)
+        self.bias = None if bias is None or not others else bias.detach()
+        self.slices = [PackedWeight(first, bias if not others else None), *(PackedWeight(part) for part in others)]
+        self.is_steady = all(part.is_steady for part in self.slices)
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply [..., in_features] of the weight's dtype."""
-        x_MD = input.flatten(0, -2)
-        num_rows = x_MD.shape[0]
-        if num_rows < _LEAST_ROWS:
-            x_MD = F.pad(x_MD, (0, 0, 0, _LEAST_ROWS - num_rows))
+        x_MI = input.reshape(-1, self.in_features)
         first, *others = self.slices
         if not others:
-            y_MD = self._multiply(x_MD, first, self.bias)
+            y_MO = first.multiply(x_MI)
         else:
-            parts = x_MD.chunk(len(self.slices), -1)
-            y_MD = self._multiply(parts[0], first, None)
+            parts = x_MI.chunk(len(self.slices), -1)
+            y_MO = first.multiply(parts[0])
             for part, weight in zip(parts[1:], others, strict=True):
-                y_MD = y_MD + self._multiply(part, weight, None)
-            y_MD = y_MD if self.bias is None else y_MD + self.bias
-        return y_MD[:num_rows].view(*input.shape[:-1], -1)
-
-    def _multiply(self, x_MD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.is_packed:
-            return F.linear(x_MD, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(x_MD, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+                y_MO = y_MO + weight.multiply(part)
+            y_MO = y_MO if self.bias is None else y_MO + self.bias
+        return y_MO.view(*input.shape[:-1], -1)
 
 
 class QuantizedLinear(nn.Module):
@@ -82,15 +70,6 @@ class QuantizedLinear(nn.Module):
         """Multiply; the result has the input's dtype."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.quantized.dense(input.dtype), bias)
-
-
-def _packed(weight: Tensor) -> Tensor | None:
-    """Return a copy in oneDNN's layout, or None where there is none."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or weight.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight, None)  # type: ignore[no-any-return]
 
 
 class RMSNorm(nn.Module):

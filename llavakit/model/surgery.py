@@ -82,9 +82,9 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> bool:
     """Make a model on the CPU one for inference in dtype alone: faster, and each row's result the same in any company.
 
     Products are cast and packed one after another and the weights they had are let go, so that memory holds one of them twice at most; the
-    model can neither train nor be saved afterwards. Returns whether the promise about company holds: every product could be packed.
+    model can neither train nor be saved afterwards. Returns whether the promise about company holds for every product.
     """
-    is_packed = True
+    is_steady = True
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Linear):
@@ -92,11 +92,11 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> bool:
                 bias = None if child.bias is None else child.bias.to(dtype)
                 product = PackedLinear(child.weight.to(dtype), bias, num_slices=num_slices)
                 setattr(module, name, product)
-                is_packed = is_packed and product.is_packed
+                is_steady = is_steady and product.is_steady
                 del child
         if isinstance(module, SwiGlu):
             module.gate = steady_gate
-    return is_packed
+    return is_steady
 
 
 def quantize(model: nn.Module, kind: str, device: torch.device) -> None:

@@ -26,7 +26,7 @@ __all__ = ["Kernels", "load_kernels"]
 
 _LOG = logger("ops")
 _FOLDER = Path(__file__).parent
-_SOURCES, _HEADERS = ("paged_attention.c", "gate.c"), ("lanes.h",)
+_SOURCES, _HEADERS = ("paged_attention.c", "matmul.c", "gate.c"), ("lanes.h",)
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
 _CACHE = Path(".cache") / "llavakit"
 _TIMEOUT_S = 120
@@ -43,6 +43,16 @@ class Attention(ctypes.Structure):
     )
 
 
+class Product(ctypes.Structure):
+    """The arguments of a product, as the C file has them."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "w", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_outputs", "num_steps")),
+        ("num_threads", ctypes.c_int32),
+    )
+
+
 class Kernels:
     """The compiled functions; tensors must be contiguous, on the CPU, and of the dtypes that the C file names."""
 
@@ -52,6 +62,8 @@ class Kernels:
         self._gate = library.gate
         self._gate.argtypes, self._gate.restype = [*pointers, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32], None
         self._attend.argtypes, self._attend.restype = [ctypes.c_void_p, ctypes.c_int32], None
+        self._matmul = library.matmul
+        self._matmul.argtypes, self._matmul.restype = [ctypes.c_void_p, ctypes.c_int32], None
         for append in self._append.values():
             append.argtypes, append.restype = [*pointers, *numbers, ctypes.c_void_p, ctypes.c_void_p], None
 
@@ -64,6 +76,23 @@ class Kernels:
     def attend(self, arguments: Attention, *, is_half: bool) -> None:
         """Fill the output rows."""
         self._attend(ctypes.byref(arguments), is_half)
+
+    def matmul(self, x_MI: Tensor, panels: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+        """Multiply by a weight in panels [P, steps, 64 (, 2)] of the same dtype: y [M, num_outputs]."""
+        x_MI = x_MI.contiguous()
+        y_MO = x_MI.new_empty(x_MI.shape[0], num_outputs)
+        product = Product(
+            x=x_MI.data_ptr(),
+            w=panels.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            y=y_MO.data_ptr(),
+            num_rows=x_MI.shape[0],
+            num_outputs=num_outputs,
+            num_steps=panels.shape[1],
+            num_threads=torch.get_num_threads(),
+        )
+        self._matmul(ctypes.byref(product), x_MI.dtype == torch.bfloat16)
+        return y_MO
 
     def gate(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return silu(gate) * up, float32 or bfloat16."""

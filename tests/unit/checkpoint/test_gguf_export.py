@@ -287,7 +287,7 @@ def test_families_with_byte_level_tokenizers_go_there_and_back(tmp_path: Path, f
     first, second = (LLM(path) for path in (source, tmp_path / "gguf"))
     asked = Conversation.ask("what is there?", PICTURE)
     assert first.chat(asked, SamplingParams(max_tokens=4)).ids == second.chat(asked, SamplingParams(max_tokens=4)).ids
-    assert first.end_ids == second.end_ids
+    assert first.requests.end_ids == second.requests.end_ids
     convert(tmp_path / "gguf", tmp_path / "back")
     new = LlavaConfig.from_dict(json.loads((tmp_path / "back" / "config.json").read_text()))
     assert new.text_config.to_dict() == config.text_config.to_dict()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llavakit.model.linear import Linear, PackedLinear, RMSNorm
+from llavakit.ops import gate as gate_module
+from llavakit.ops import matmul
 from llavakit.ops.gate import silu_gate, steady_gate
 from llavakit.ops.rope import RopeSpec, rope_tables, rotate
 
@@ -59,9 +61,15 @@ def ops(dtype: torch.dtype, width: int) -> Iterator[tuple[str, Op]]:
     yield "sum", functools.partial(torch.add, other=1.5)
 
 
+@pytest.mark.parametrize("is_ours", [True, False], ids=["kernels", "references"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_row_has_the_same_bits_among_any_number_of_rows(dtype: torch.dtype, width: int) -> None:
+def test_a_row_has_the_same_bits_among_any_number_of_rows(
+    dtype: torch.dtype, width: int, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_ours:
+        monkeypatch.setattr(matmul, "load_kernels", lambda: None)
+        monkeypatch.setattr(gate_module, "load_kernels", lambda: None)
     chance = random.Random(width)
     x_MD = torch.randn(max(ROWS), width, generator=torch.Generator().manual_seed(1)).to(dtype)
     before = torch.get_num_threads()
@@ -90,12 +98,30 @@ def test_the_steady_gate_is_torchs(dtype: torch.dtype) -> None:
     torch.testing.assert_close(steady_gate(extreme, torch.ones_like(extreme)), torch.relu(extreme), atol=1e-6, rtol=1e-2)
 
 
+@pytest.mark.parametrize("use_kernels", [True, False])
+@pytest.mark.parametrize("num_slices", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_products_are_the_unpacked_ones(dtype: torch.dtype) -> None:
-    layer = Linear(96, 50)
+def test_packed_products_are_the_unpacked_ones(
+    dtype: torch.dtype, num_slices: int, use_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not use_kernels:
+        monkeypatch.setattr(matmul, "load_kernels", lambda: None)
+    layer = Linear(96, 150)
     for weight in layer.parameters():
         nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
     layer = layer.to(dtype)
     x_BTD = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
     bound = 1e-4 if dtype == torch.float32 else 0.2
-    torch.testing.assert_close(PackedLinear(layer.weight, layer.bias)(x_BTD), layer(x_BTD), atol=bound, rtol=bound)
+    torch.testing.assert_close(PackedLinear(layer.weight, layer.bias, num_slices=num_slices)(x_BTD), layer(x_BTD), atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_every_size_have_the_textbooks_values(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for num_rows, num_in, num_out in ((1, 1, 1), (3, 515, 63), (7, 1030, 65), (193, 64, 130), (400, 33, 16)):
+        x_MI, weight_OI = (torch.randn(rows, num_in, generator=generator).to(dtype) for rows in (num_rows, num_out))
+        bias_O = torch.randn(num_out, generator=generator).to(dtype)
+        expected = x_MI.double() @ weight_OI.double().T + bias_O.double()
+        found = matmul.PackedWeight(weight_OI, bias_O).multiply(x_MI)
+        bound = 1e-5 * num_in**0.5 if dtype == torch.float32 else 1e-2 * num_in**0.5
+        torch.testing.assert_close(found.double(), expected, atol=bound, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4)
