@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import LlavaForConditionalGeneration
@@ -43,8 +44,8 @@ from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import fuse, init_weights
 from llavakit.model.vision_config import ClipVisionConfig
-from llavakit.ops import matmul
 from llavakit.ops.gate import silu_gate
+from llavakit.ops.matmul import PackedWeight
 from llavakit.ops.paged import PAGE, Paged, Pages, Rows
 from llavakit.processing.processor import LlavaProcessor, Prompt
 from llavakit.types import Conversation, SamplingParams
@@ -215,8 +216,8 @@ def decode(rounds: int) -> dict[str, Any]:
         return [median_step(step, steps)]
 
     their = {kind: step_of(their_run(peer, ids, steps)) for kind, peer in peers.items()}
-    (beside,) = alternate(ours, their, 5 * rounds)
-    (overhead,) = alternate(ours, {"bare model": bare}, 5 * rounds)
+    (beside,) = alternate(ours, their, 3 * rounds)
+    (overhead,) = alternate(ours, {"bare model": bare}, 3 * rounds)
     return {"decode beside transformers": beside.to_row(), "decode beside the bare model": overhead.to_row()}
 
 
@@ -320,10 +321,8 @@ def invariance(rounds: int) -> dict[str, Any]:
 
 def free_rows(core: LlamaCore | LlavaCore, dtype: torch.dtype) -> None:
     """Make a model ready without the promise: oneDNN's products of as many rows as there are, and torch's silu."""
-    kernels = matmul.load_kernels
-    matmul.load_kernels = lambda: None  # type: ignore[assignment]
-    fuse(core, dtype)
-    matmul.load_kernels = kernels
+    with mock.patch("llavakit.ops.matmul.load_kernels", return_value=None):
+        fuse(core, dtype)
     for module in core.modules():
         if isinstance(module, SwiGlu):
             module.gate = silu_gate
@@ -332,7 +331,7 @@ def free_rows(core: LlamaCore | LlavaCore, dtype: torch.dtype) -> None:
                 part.multiply = functools.partial(free_product, part)  # type: ignore[method-assign]
 
 
-def free_product(weight: matmul.PackedWeight, x_MI: torch.Tensor) -> torch.Tensor:
+def free_product(weight: PackedWeight, x_MI: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x_MI, weight._weight, weight.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
