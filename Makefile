@@ -31,3 +31,4 @@ soak: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.forward
+	$(BIN)/python -m benchmarks.engine

@@ -69,6 +69,11 @@ class Job:
     most_found: int | None = None
     """Ids that need not be computed where the cache holds them; None for all but the last one, whose logits are wanted."""
     is_running: bool = False
+    num_prompt: int = field(init=False)
+    """Ids that all its rows begin with."""
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.rows[0].ids)
 
 
 class Work(NamedTuple):
@@ -122,6 +127,7 @@ class Scheduler:
         budget = self.limits.step_tokens
         for job in tuple(self._running):
             is_unfinished = False
+            self._share(job)
             for row in job.rows:
                 missing = len(row.ids) - row.num_computed
                 if missing == 1 and job.is_running:
@@ -250,7 +256,7 @@ class Scheduler:
         for row in job.rows:
             missing = len(row.ids) - row.num_computed
             count = min(missing, budget - planned)
-            if missing > 1 and count > 0 and job.is_running:
+            if missing > 1 and count > 0 and job.is_running and not self._waits(job, row):
                 planned += self._place(works, job, row, count)
         return planned
 
@@ -268,6 +274,27 @@ class Scheduler:
                 break
         for job in held:
             bisect.insort(self._returning, job, key=_number)
+
+    def _num_shared(self, job: Job) -> int:
+        """Return how many blocks all rows of a job can have in common."""
+        return job.num_prompt // self.limits.block_tokens if len(job.rows) > 1 else 0
+
+    def _waits(self, job: Job, row: Row) -> bool:
+        """Whether a row of a job that came back waits for the first one to compute the blocks that they share."""
+        return row is not job.rows[0] and not row.blocks and self._num_shared(job) > 0
+
+    def _share(self, job: Job) -> None:
+        """Give rows that waited the blocks of the prompt, once the first row has computed them."""
+        first, *others = job.rows
+        num_shared = self._num_shared(job)
+        if others and first.num_computed >= num_shared * self.limits.block_tokens:
+            for row in others:
+                if self._waits(job, row):
+                    row.blocks = first.blocks[:num_shared]
+                    row.num_computed = num_shared * self.limits.block_tokens
+                    row.num_keyed, row.num_found = min(first.num_keyed, num_shared), min(first.num_found, num_shared)
+                    for block in row.blocks:
+                        self.pool.hold(block)
 
     def _chunk_or_place(self, works: list[Work], job: Job, budget: int) -> int:
         """Plan a started job's first work; a prompt of one token has no chunk to wait for."""
@@ -297,21 +324,23 @@ class Scheduler:
         A job whose next block another one is computing just now is held until that can be found.
         """
         size, is_cached = self.limits.block_tokens, job.is_cached and self.limits.has_prefix_cache
+        num_shared = self._num_shared(job)
+        alone = job.rows[:1] if num_shared else job.rows
         if is_cached:
-            for row in job.rows:
+            for row in alone:
                 self._extend_keys(job, row, self._most_found(job, row))
                 unknown = next((key for key in row.keys[: self._most_found(job, row)] if key not in self.pool), None)
                 if unknown is not None and self._pending.get(unknown, job) is not job:
                     return "held"
-        needed = 0
-        for row in job.rows:
+        needed = sum(-(-len(row.ids) // size) - num_shared for row in job.rows) + num_shared
+        for row in alone:
             for key in row.keys[: self._most_found(job, row)] if is_cached else ():
                 if (block := self.pool.find(key)) is None:
                     break
                 row.blocks.append(block)
             row.num_keyed = row.num_found = len(row.blocks)
             row.num_computed = len(row.blocks) * size
-            needed += -(-len(row.ids) // size) - len(row.blocks)
+            needed -= len(row.blocks)
         if needed + len(self._running) > self.pool.num_available and (self._running or needed > self.pool.num_available):
             for row in job.rows:
                 self._release(row)

@@ -39,7 +39,7 @@ def draw_cases(count: int, seed: int) -> list[Case]:
     pictures = [picture(index) for index in range(12)]
     cases = []
     for number in range(count):
-        text = " ".join(chance.choice(WORDS) for _ in range(chance.choice((1, 3, 8, 15))))
+        text = " ".join(chance.choice(WORDS) for _ in range(chance.choice((1, 3, 8, 12))))
         conversation = Conversation.ask(text, *chance.choices(pictures, k=chance.choice((0, 0, 1, 1, 2))))
         if chance.random() < 0.2:
             conversation = conversation.reply("two squares", TextPart("and now?"))

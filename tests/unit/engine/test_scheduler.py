@@ -211,6 +211,30 @@ def test_the_oldest_request_always_moves_on() -> None:
     assert finished == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_rows_that_share_a_prompt_share_it_again_when_they_come_back(is_cached: bool) -> None:
+    scheduler = Scheduler(Limits(num_blocks=14, block_tokens=SIZE, max_rows=8, step_tokens=64))
+    job = Job(0, [Row([1] * 40)], most_rows=3, is_cached=is_cached)  # 10 blocks, and one more for each row
+    scheduler.add(job)
+    for step in range(6):
+        for work in scheduler.step():
+            scheduler.computed(work.row, job, work.stop)
+        scheduler.check_integrity()
+        if step == 0:
+            scheduler.regroup(job, [0, 0, 0])
+        if all(row.num_computed == len(row.ids) for row in job.rows):
+            for number, row in enumerate(job.rows):
+                row.ids.append(number)
+        if step == 2:
+            scheduler._preempt(job)
+            scheduler.pool.check_integrity([])
+            for block in range(14):  # others need the memory meanwhile
+                scheduler.pool.forget(block)
+    assert all(len(row.ids) > 42 for row in job.rows)
+    assert len({row.blocks[0] for row in job.rows}) == 1
+    assert scheduler.num_preempted == 1
+
+
 def test_tenants_take_turns() -> None:
     scheduler = Scheduler(Limits(num_blocks=64, block_tokens=SIZE, max_rows=1, step_tokens=64))
     order = [("busy", number) for number in range(6)] + [("quiet", 6)]
