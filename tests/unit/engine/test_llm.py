@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llavakit.engine.llm import LLM
-from llavakit.errors import ConfigError, PromptError
+from llavakit.errors import CapacityError, ConfigError, PromptError
 from llavakit.model.linear import QuantizedLinear
 from llavakit.processing.image import ImageProcessor
 from llavakit.processing.processor import LlavaProcessor
@@ -142,3 +142,33 @@ def test_quantised_weights_still_answer(kind: str, caplog: pytest.LogCaptureFixt
     assert [type(module) for module in small.core.modules() if isinstance(module, QuantizedLinear)]
     with pytest.raises(ConfigError, match="quantize must be none, int8 or nf4, got 'int2'"):
         LLM(quantize="int2")  # type: ignore[arg-type]
+
+
+def test_memory_limits_what_a_request_may_hold(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    page_bytes = 2 * 2 * 2 * 32 * 32 * 4  # keys and values, layers, heads, width in memory, tokens, bytes
+    small = LLM(folder, dtype="float32", device="cpu", kv_memory=7 * page_bytes)
+    assert "memory holds a cache of 224 positions, the model has 256" in caplog.text
+    assert small.requests.context_len == 224
+    whole = small.chat(Conversation.ask("what?", PICTURE), SamplingParams(ignore_eos=True))
+    assert whole.usage.prompt_tokens + whole.usage.completion_tokens == 224
+    with pytest.raises(CapacityError, match="the request may fill 11 blocks of 32 tokens and the cache has 7; lower max_tokens or n"):
+        small.chat(Conversation.ask("what?", PICTURE), SamplingParams(temperature=1.0, n=3, ignore_eos=True))
+    with pytest.raises(CapacityError, match="a cache needs at least 32768 bytes for 32 tokens"):
+        LLM(folder, dtype="float32", device="cpu", kv_memory=1000)
+
+
+def test_parameters_are_for_all_or_one_for_each(folder: Path) -> None:
+    llm = LLM(folder, dtype="float32", device="cpu")
+    questions = [Conversation.ask(text) for text in ("one", "two")]
+    found = llm.chat(questions, [SamplingParams(max_tokens=2, ignore_eos=True), SamplingParams(max_tokens=5, ignore_eos=True)])
+    assert [len(completion.ids) for completion in found] == [2, 5]
+    with pytest.raises(PromptError, match="there are 2 requests and 1 params; give one for all, or one for each"):
+        llm.chat(questions, [SHORT])
+
+
+def test_progress_is_shown_on_stderr(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llm = LLM(folder, dtype="float32", device="cpu")
+    llm.chat([Conversation.ask("one"), Conversation.ask("two")], SHORT, progress=True)
+    shown = capsys.readouterr()
+    assert "2/2" in shown.err
+    assert not shown.out

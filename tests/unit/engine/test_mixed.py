@@ -80,7 +80,7 @@ def alone(cases: Sequence[Case], dtype: str) -> list[tuple[object, ...]]:
     results = []
     for case in cases:
         recorded = Recorded(case, dtype)
-        engine = Engine(tiny_llm(dtype).core, EngineSettings(num_blocks=24, max_batch=2, prefix_cache=False))
+        engine = Engine(tiny_llm(dtype).core, EngineSettings(num_blocks=16, max_batch=2, prefix_cache=False))
         engine.add(recorded.request)
         for _ in engine.run():
             pass
@@ -92,7 +92,7 @@ def in_company(cases: Sequence[Case], dtype: str, batch: int, seed: int) -> tupl
     """Answer all in one engine, in which others come and go."""
     chance = random.Random(seed)
     settings = EngineSettings(
-        num_blocks=max(24, chance.choice((2, 4, 40)) * batch),
+        num_blocks=max(16, chance.choice((1, 2, 40)) * batch),
         max_batch=batch,
         step_tokens=chance.choice((3, 17, 64, 512)),
         prefix_cache=chance.random() < 0.7,

@@ -108,10 +108,9 @@ def test_too_many_are_refused_and_the_rest_answered() -> None:
 
 def test_drained_it_ends_what_it_has_and_takes_no_more() -> None:
     async def body(engine: AsyncEngine) -> None:
-        running = [asyncio.create_task(engine.complete(chat(engine, index))) for index in range(4)]
-        await asyncio.sleep(0.01)
+        running = [await engine.submit(chat(engine, index)) for index in range(4)]
         await engine.drain()
-        assert [(await task).ids for task in running] == [alone(index) for index in range(4)]
+        assert [(await stream.completion()).ids for stream in running] == [alone(index) for index in range(4)]
         with pytest.raises(CapacityError, match="shutting down"):
             await engine.submit(chat(engine, 0))
 
