@@ -39,7 +39,6 @@ from llavakit.engine.request import Request, Terms
 from llavakit.engine.runner import page_shape
 from llavakit.engine.scheduler import Job, Limits, Row, Scheduler
 from llavakit.model.decoder import SwiGlu
-from llavakit.model.linear import PackedLinear
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.surgery import fuse, init_weights
@@ -319,20 +318,23 @@ def invariance(rounds: int) -> dict[str, Any]:
     return rows
 
 
+class FreeWeight(PackedWeight):
+    """oneDNN's product of as many rows as there are, without the promise."""
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> None:
+        super().__init__(weight_OI, bias_O, use_kernels=False)
+
+    def multiply(self, x_MI: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x_MI, self._weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+
 def free_rows(core: LlamaCore | LlavaCore, dtype: torch.dtype) -> None:
-    """Make a model ready without the promise: oneDNN's products of as many rows as there are, and torch's silu."""
-    with mock.patch("llavakit.ops.matmul.load_kernels", return_value=None):
+    """Make a model ready without the promise: such products, and torch's silu."""
+    with mock.patch("llavakit.model.linear.PackedWeight", FreeWeight):
         fuse(core, dtype)
     for module in core.modules():
         if isinstance(module, SwiGlu):
             module.gate = silu_gate
-        if isinstance(module, PackedLinear):
-            for part in module.slices:
-                part.multiply = functools.partial(free_product, part)  # type: ignore[method-assign]
-
-
-def free_product(weight: PackedWeight, x_MI: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x_MI, weight._weight, weight.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

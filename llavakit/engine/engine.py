@@ -165,7 +165,7 @@ class Engine:
     def load_adapter(self, name: str, source: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> None:
         """Load a PEFT adapter under a name; requests that name it go through it. Raises: ConfigError, CheckpointError."""
         if not name or name in self._adapters:
-            raise ConfigError(f"an adapter needs a name of its own, got {name!r}; loaded are {', '.join(self._adapters) or 'none'}")
+            raise ConfigError(f"an adapter needs a name of its own, got {name!r}; {self._loaded}")
         if self.runner.adapting is None:
             self.runner.adapting = adapt(self.core)
         lora = load_lora(source, self.core, revision=revision, allow_pickle=allow_pickle)
@@ -176,7 +176,7 @@ class Engine:
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter; requests that go through it go on to their end. Raises: ConfigError for one that is not there."""
         if self._adapters.pop(name, None) is None:
-            raise ConfigError(f"there is no adapter {name!r}; loaded are {', '.join(self._adapters) or 'none'}")
+            raise ConfigError(f"there is no adapter {name!r}; {self._loaded}")
 
     def abort(self, number: int) -> None:
         """End a request now; its last event, with what there is of the answer, comes with the next step."""
@@ -382,12 +382,16 @@ class Engine:
         self.scheduler.end(task.job, is_failed=is_failed)
         del self._tasks[task.job.number]
 
+    @property
+    def _loaded(self) -> str:
+        return f"loaded are {', '.join(self._adapters) or 'none'}"
+
     def _adapter(self, name: str) -> tuple[str, Lora | None]:
         """Return what marks an adapter's cache, and the adapter. Raises: PromptError."""
         if not name:
             return "", None
         if name not in self._adapters:
-            raise PromptError(f"there is no adapter {name!r}; loaded are {', '.join(self._adapters) or 'none'}")
+            raise PromptError(f"there is no adapter {name!r}; {self._loaded}")
         return self._adapters[name]
 
     def _check_ids(self, ids: Sequence[int]) -> None:

@@ -79,11 +79,6 @@ class FeatureCache:
         self._keep(key, features_FD)
         return features_FD
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._features.clear()
-        self.num_bytes = 0
-
     def _keep(self, key: tuple[str, ...], features_FD: Tensor) -> None:
         self._features[key] = features_FD
         self.num_bytes += features_FD.nbytes

@@ -40,11 +40,11 @@ class StepInput:
 class Runner:
     """The model and the pages it computes on."""
 
-    def __init__(self, core: LlamaCore | LlavaCore, num_pages: int, *, use_kernels: bool = True) -> None:
+    def __init__(self, core: LlamaCore | LlavaCore, num_pages: int) -> None:
         self.core = core
         weight = core.get_input_embeddings().weight
         self.dtype, self.device = weight.dtype, weight.device
-        self.pages = Pages(page_shape(core), num_pages, self.dtype, self.device, use_kernels=use_kernels)
+        self.pages = Pages(page_shape(core), num_pages, self.dtype, self.device)
         self.adapting: Adapting | None = None
         """Set once the model has place for adapters."""
 

@@ -46,15 +46,12 @@ class PackedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Multiply [..., in_features] of the weight's dtype."""
         x_MI = input.reshape(-1, self.in_features)
-        first, *others = self.slices
-        if not others:
-            y_MO = first.multiply(x_MI)
-        else:
-            parts = x_MI.chunk(len(self.slices), -1)
-            y_MO = first.multiply(parts[0])
-            for part, weight in zip(parts[1:], others, strict=True):
-                y_MO = y_MO + weight.multiply(part)
-            y_MO = y_MO if self.bias is None else y_MO + self.bias
+        first, *others = x_MI.chunk(len(self.slices), -1)
+        y_MO = self.slices[0].multiply(first)
+        for part, weight in zip(others, self.slices[1:], strict=True):
+            y_MO = y_MO + weight.multiply(part)
+        if self.bias is not None:  # of several slices; one adds its own
+            y_MO = y_MO + self.bias
         return y_MO.view(*input.shape[:-1], -1)
 
 

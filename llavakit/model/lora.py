@@ -24,7 +24,6 @@ class Lora:
     def __init__(self, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype, device: torch.device) -> None:
         """Take factors (a_RI, b_OR, scale included) by the names of the modules that they change."""
         self.products = {name: tuple(_product(factor.to(device, dtype)) for factor in pair) for name, pair in factors.items()}
-        self.names = frozenset(factors)
 
     def added(self, name: str, x: Tensor) -> Tensor | None:
         """Return what is added to a module's result for x [..., I]; None where it is left alone."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,19 +85,19 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> bool:
     Products are cast and packed one after another and the weights they had are let go, so that memory holds one of them twice at most; the
     model can neither train nor be saved afterwards. Returns whether the promise about company holds for every product.
     """
-    is_steady = True
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Linear):
-                num_slices = child.config.pretraining_tp if isinstance(child, RowParallelLinear) else 1
-                bias = None if child.bias is None else child.bias.to(dtype)
-                product = PackedLinear(child.weight.to(dtype), bias, num_slices=num_slices)
-                setattr(module, name, product)
-                is_steady = is_steady and product.is_steady
-                del child
+    steady: list[bool] = []
+
+    def packed(_: str, child: Linear) -> PackedLinear:
+        num_slices = child.config.pretraining_tp if isinstance(child, RowParallelLinear) else 1
+        product = PackedLinear(child.weight.to(dtype), None if child.bias is None else child.bias.to(dtype), num_slices=num_slices)
+        steady.append(product.is_steady)
+        return product
+
+    _replace(model, (Linear,), packed)
+    for module in model.modules():
         if isinstance(module, SwiGlu):
             module.gate = steady_gate
-    return is_steady
+    return all(steady)
 
 
 def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
@@ -104,24 +105,33 @@ def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
 
     Tower, projector, embedding and head keep their dtype. The model can neither train nor be saved afterwards.
     """
+
+    def quantized(_: str, child: Linear) -> QuantizedLinear:
+        bias = None if child.bias is None else child.bias.detach().to(device)
+        return QuantizedLinear(KINDS[kind](child.weight.detach().to(device)), bias)
+
     for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
-        for module in list(layer.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, Linear):
-                    bias = None if child.bias is None else child.bias.detach().to(device)
-                    setattr(module, name, QuantizedLinear(KINDS[kind](child.weight.detach().to(device)), bias))
-                    del child
+        _replace(layer, (Linear,), quantized)
     model.to(device)
 
 
 def adapt(model: nn.Module) -> Adapting:
     """Make place for adapters beside every product but the head, whose rows are others; fuse comes before it."""
     adapting = Adapting()
-    for path, module in list(model.named_modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Linear | PackedLinear | QuantizedLinear) and name != "lm_head":
-                setattr(module, name, AdaptedLinear(child, f"{path}.{name}", adapting))
+
+    def adapted(path: str, child: Linear | PackedLinear | QuantizedLinear) -> nn.Module:
+        return child if path.rpartition(".")[2] == "lm_head" else AdaptedLinear(child, path, adapting)
+
+    _replace(model, (Linear, PackedLinear, QuantizedLinear), adapted)
     return adapting
+
+
+def _replace(model: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[str, Any], nn.Module]) -> None:
+    """Put what make returns for a path and a module in the place of every module of these kinds, and keep none of the old ones alive."""
+    parents = [(path, module) for path, module in model.named_modules() if not isinstance(module, kinds)]
+    for path, parent in parents:
+        for name in [name for name, child in parent.named_children() if isinstance(child, kinds)]:
+            setattr(parent, name, make(f"{path}.{name}" if path else name, getattr(parent, name)))
 
 
 def resize_vocabulary(embedding: TokenEmbedding, head: nn.Linear | None, config: LlamaConfig, num_tokens: int) -> None:

@@ -53,7 +53,7 @@ class Pages:
     """Keys [num_pages, K, W, P] and values [num_pages, K, P, W] of every layer; nothing is written that nobody computes."""
 
     def __init__(self, shape: PageShape, num_pages: int, dtype: torch.dtype, device: torch.device, *, use_kernels: bool = True) -> None:
-        self.shape, self.num_pages = shape, num_pages
+        self.shape = shape
         stored, heads, width = _stored(dtype) if device.type == "cpu" else dtype, shape.num_kv_heads, shape.width
         self.keys = [torch.empty(num_pages, heads, width, PAGE, dtype=stored, device=device) for _ in range(shape.num_layers)]
         self.values = [torch.empty(num_pages, heads, PAGE, width, dtype=stored, device=device) for _ in range(shape.num_layers)]

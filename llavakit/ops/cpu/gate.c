@@ -23,12 +23,7 @@ static inline __attribute__((always_inline)) void run(const void *gate, const vo
         lanes g = all(0), u = all(0);
         for (int z = 0; z < rest; z++) g[z] = load_one(gate, at + z, is_half), u[z] = load_one(up, at + z, is_half);
         lanes y = gated(g, u, is_half);
-        for (int z = 0; z < rest; z++) {
-            if (is_half)
-                ((uint16_t *)out)[at + z] = to_half(y[z]);
-            else
-                ((float *)out)[at + z] = y[z];
-        }
+        for (int z = 0; z < rest; z++) store_one(out, at + z, y[z], is_half);
     }
 }
 

@@ -71,4 +71,11 @@ static inline void store(void *to, size_t index, lanes x, const int is_half) {
     *(halves *)((uint16_t *)to + index) = to_halves(x);
 }
 
+static inline void store_one(void *to, size_t index, float x, const int is_half) {
+    if (is_half)
+        ((uint16_t *)to)[index] = to_half(x);
+    else
+        ((float *)to)[index] = x;
+}
+
 #endif

@@ -76,12 +76,7 @@ static inline __attribute__((always_inline)) void finish(const product *p, int64
             store(p->y, at + v * 16, y, is_half);
             continue;
         }
-        for (int64_t z = 0; z < known; z++) {
-            if (is_half)
-                ((uint16_t *)p->y)[at + v * 16 + z] = to_half(y[z]);
-            else
-                ((float *)p->y)[at + v * 16 + z] = y[z];
-        }
+        for (int64_t z = 0; z < known; z++) store_one(p->y, at + v * 16 + z, y[z], is_half);
     }
 }
 

@@ -108,13 +108,7 @@ static inline __attribute__((always_inline)) void tile(const Attention *a, const
         }
     }
     for (int r = 0; r < R; r++)
-        for (int d = 0; d < H; d++) {
-            float x = sums[r][d] / total[r];
-            if (is_half)
-                ((uint16_t *)a->o)[rows[r] * H + d] = to_half(x);
-            else
-                ((float *)a->o)[rows[r] * H + d] = x;
-        }
+        for (int d = 0; d < H; d++) store_one(a->o, rows[r] * H + d, sums[r][d] / total[r], is_half);
 }
 
 static void attend_rows(const Attention *a, const int32_t *table, int head, const size_t *rows, const int32_t *positions, int count, int is_half) {

@@ -60,10 +60,6 @@ class Quantized:
         values = values.view(-1, NF4_BLOCK) * self.scales[:, None]
         return values.view(-1)[: math.prod(self.shape)].view(self.shape).to(dtype)
 
-    def to(self, device: torch.device | str) -> Quantized:
-        """Move it."""
-        return Quantized(self.kind, self.codes.to(device), self.scales.to(device), self.shape)
-
     @property
     def nbytes(self) -> int:
         """Memory of codes and scales."""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import random
+import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from llavakit.model import surgery
 from llavakit.model.linear import Linear, PackedLinear, RMSNorm
 from llavakit.ops import gate as gate_module
 from llavakit.ops import matmul
 from llavakit.ops.gate import silu_gate, steady_gate
 from llavakit.ops.rope import RopeSpec, rope_tables, rotate
+from tests.tiny import llama
 
 WIDTHS = (1, 7, 33, 64, 96, 200, 257)
 ROWS = (*range(1, 19), 31, 32, 33, 48, 63, 64)
@@ -125,3 +129,18 @@ def test_products_of_every_size_have_the_textbooks_values(dtype: torch.dtype) ->
         found = matmul.PackedWeight(weight_OI, bias_O).multiply(x_MI)
         bound = 1e-5 * num_in**0.5 if dtype == torch.float32 else 1e-2 * num_in**0.5
         torch.testing.assert_close(found.double(), expected, atol=bound, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_fusing_lets_each_weight_go_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    old = [weakref.ref(module) for module in model.modules() if isinstance(module, Linear)]
+    alive = []
+
+    class Counted(PackedLinear):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            alive.append(sum(reference() is not None for reference in old))
+
+    monkeypatch.setattr(surgery, "PackedLinear", Counted)
+    surgery.fuse(model, torch.float32)
+    assert alive == list(range(len(old), 0, -1))
