@@ -45,7 +45,8 @@ from llavakit.model.surgery import fuse, init_weights
 from llavakit.model.vision_config import ClipVisionConfig
 from llavakit.ops.gate import silu_gate
 from llavakit.ops.matmul import PackedWeight
-from llavakit.ops.paged import PAGE, Paged, Pages, Rows
+from llavakit.ops.paged import Paged
+from llavakit.ops.pages import PAGE, Pages, Rows
 from llavakit.processing.processor import LlavaProcessor, Prompt
 from llavakit.types import Conversation, SamplingParams
 from llavakit.world.render import render, to_png

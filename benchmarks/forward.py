@@ -27,7 +27,7 @@ from llavakit.engine.request import Request, Terms
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlamaCore
 from llavakit.model.surgery import fuse, init_weights
-from llavakit.ops.paged import PAGE
+from llavakit.ops.pages import PAGE
 from llavakit.processing.processor import Prompt
 from llavakit.types import SamplingParams
 

@@ -27,11 +27,13 @@ from llavakit.errors import CapacityError, ConfigError, NumericError, PromptErro
 from llavakit.model.llava import IMAGE_PLACEHOLDER, LlamaCore, LlavaCore
 from llavakit.model.lora import Lora
 from llavakit.model.surgery import adapt
-from llavakit.ops.paged import PAGE
+from llavakit.ops.pages import PAGE
 from llavakit.ops.sampling import logprobs_of
 from llavakit.types import Completion
 
-__all__ = ["Engine", "EngineSettings", "Stats"]
+__all__ = ["FEATURE_BYTES", "Engine", "EngineSettings", "Stats"]
+
+FEATURE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +48,7 @@ class EngineSettings:
     """Tokens of a step; longer prompts come in chunks between which the others go on."""
     prefix_cache: bool = True
     """Whether what was computed once is found again."""
-    feature_bytes: int = 256 << 20
+    feature_bytes: int = FEATURE_BYTES
     """Memory for features of pictures."""
     lookup_tokens: int = 0
     """Tokens that are guessed per step from what the prompt and answer held before, and verified; 0 is off. Answers do not change."""
@@ -103,7 +105,8 @@ class Engine:
         try:
             self.runner = Runner(core, settings.num_blocks)
         except (RuntimeError, MemoryError) as error:
-            size = settings.num_blocks * page_shape(core).page_bytes(core.get_input_embeddings().weight.dtype)
+            weight = core.get_input_embeddings().weight
+            size = settings.num_blocks * page_shape(core).page_bytes(weight.dtype, weight.device)
             raise CapacityError(f"no memory for a cache of {size} bytes; lower kv_memory or max_batch") from error
         limits = Limits(
             num_blocks=settings.num_blocks,

@@ -21,17 +21,17 @@ from llavakit.checkpoint.generation import load_generation
 from llavakit.checkpoint.load import load_config, load_core, load_processor
 from llavakit.checkpoint.parts import Sources
 from llavakit.checkpoint.placement import choose_device, choose_dtype
-from llavakit.engine.engine import Engine, EngineSettings
+from llavakit.engine.engine import FEATURE_BYTES, Engine, EngineSettings
 from llavakit.engine.factory import RequestFactory
 from llavakit.engine.request import Request, TokenEvent
-from llavakit.engine.runner import page_shape
+from llavakit.engine.runner import measure_workspace, page_shape
 from llavakit.errors import CapacityError, ConfigError, LlavaError, PromptError
 from llavakit.logs import logger
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.surgery import fuse
 from llavakit.model.surgery import quantize as make_quantized
 from llavakit.ops.memory import free_memory
-from llavakit.ops.paged import PAGE
+from llavakit.ops.pages import PAGE
 from llavakit.ops.quantize.weights import KINDS
 from llavakit.processing.chat import find_template
 from llavakit.processing.processor import LlavaProcessor, Prompt
@@ -353,11 +353,14 @@ class _Settings:
     def planned(self, core: LlamaCore | LlavaCore) -> tuple[int, EngineSettings]:
         """Return the positions that a request may have, and the engine's settings. Raises: ConfigError, CapacityError."""
         weight = core.get_input_embeddings().weight
-        page_bytes = page_shape(core).page_bytes(weight.dtype)
+        page_bytes = page_shape(core).page_bytes(weight.dtype, weight.device)
         context_len = core.text_config.context_len
+        step_tokens = _STEP_TOKENS[weight.device.type] if self.step_tokens is None else self.step_tokens
         most = max(self.max_batch, 1) * -(-context_len // PAGE)
         if self.kv_memory is None:
-            num_blocks = min(most, int(_MEMORY_SHARE[weight.device.type] * free_memory(weight.device)) // page_bytes)
+            workspace = measure_workspace(core, max(step_tokens, 1)) + FEATURE_BYTES if weight.device.type == "cuda" else 0
+            room = int(_MEMORY_SHARE[weight.device.type] * free_memory(weight.device)) - workspace
+            num_blocks = min(most, room // page_bytes)
         else:
             num_blocks = self.kv_memory // page_bytes
         if num_blocks < 1:
@@ -367,7 +370,7 @@ class _Settings:
         settings = EngineSettings(
             num_blocks=num_blocks,
             max_batch=self.max_batch,
-            step_tokens=_STEP_TOKENS[weight.device.type] if self.step_tokens is None else self.step_tokens,
+            step_tokens=step_tokens,
             prefix_cache=self.prefix_cache,
             lookup_tokens=self.lookup_tokens,
         )

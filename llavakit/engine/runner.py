@@ -1,6 +1,7 @@
 """From planned work to logits: the only place of the engine that touches the model and the cache's memory.
 
-Owns: Runner. Refuses: planning (scheduler), choosing tokens (request). One call of the model per step, whatever its mix.
+Owns: Runner, and how much memory a step takes. Refuses: planning (scheduler), choosing tokens (request).
+One call of the model per step, whatever its mix.
 Legend: T tokens of a step  M rows whose logits are wanted  D model width  V vocabulary  F image features
 """
 
@@ -13,13 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llavakit.engine.graphs import DecodeGraphs, recorder
 from llavakit.engine.pictures import Picture
 from llavakit.engine.scheduler import Work
-from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava import TOWER_BATCH, LlamaCore, LlavaCore
 from llavakit.model.lora import Adapting, Lora
-from llavakit.ops.paged import Paged, Pages, PageShape, Rows
+from llavakit.ops.attention import Packed
+from llavakit.ops.gathered import Gathered, gathered_bytes
+from llavakit.ops.paged import Paged
+from llavakit.ops.pages import Pages, PageShape, Rows
 
-__all__ = ["Runner", "StepInput", "page_shape"]
+__all__ = ["Runner", "StepInput", "measure_workspace", "page_shape"]
 
 _LOGIT_ROWS = 256
 
@@ -44,7 +49,9 @@ class Runner:
         self.core = core
         weight = core.get_input_embeddings().weight
         self.dtype, self.device = weight.dtype, weight.device
-        self.pages = Pages(page_shape(core), num_pages, self.dtype, self.device)
+        has_graphs = self.device.type == "cuda"
+        self.pages = Pages(page_shape(core), num_pages + has_graphs, self.dtype, self.device)
+        self.graphs = DecodeGraphs(core, self.pages, num_pages, recorder()) if has_graphs else None
         self.adapting: Adapting | None = None
         """Set once the model has place for adapters."""
 
@@ -54,8 +61,16 @@ class Runner:
             self.pages.copy([source for source, _ in pairs], [target for _, target in pairs])
 
     def run(self, inputs: Sequence[StepInput]) -> Tensor:
-        """Compute the works' tokens, end to end: h_TD after the last layer; their keys and values are in the cache afterwards."""
-        attn = Paged(self.pages, [Rows(given.work.first, given.work.stop, given.work.row.blocks) for given in inputs])
+        """Compute the works' tokens, end to end: h_TD after the last layer; their keys and values are in the cache afterwards.
+
+        The result lasts until the next step.
+        """
+        rows = [Rows(given.work.first, given.work.stop, given.work.row.blocks) for given in inputs]
+        if self.graphs is not None and all(map(_is_plain_token, inputs)):
+            h_BD = self.graphs.run([given.work.row.ids[given.work.first] for given in inputs], rows)
+            if h_BD is not None:
+                return h_BD
+        attn = Gathered(self.pages, rows) if self.pages.is_by_token else Paged(self.pages, rows)
         with self.adapting.using(self._active(inputs)) if self.adapting is not None else contextlib.nullcontext():
             return self.core.forward_packed(self._embed(inputs), attn.positions_T, attn)
 
@@ -107,6 +122,34 @@ class Runner:
         if places:
             x_TD = x_TD.index_put((torch.tensor(places, device=self.device),), torch.cat(parts).to(x_TD.dtype))
         return x_TD
+
+
+@torch.inference_mode()
+def measure_workspace(core: LlamaCore | LlavaCore, step_tokens: int) -> int:
+    """Run the largest step and the most tiles on a GPU once, and return the bytes that they take beside weights and cache."""
+    weight = core.get_input_embeddings().weight
+    device = weight.device
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    x_TD = core.get_input_embeddings()(torch.zeros(step_tokens, dtype=torch.int64, device=device))
+    h_TD = core.forward_packed(x_TD, torch.arange(step_tokens, device=device), Packed(torch.tensor([0, step_tokens])))
+    core.logits(h_TD[:_LOGIT_ROWS]).float()
+    if isinstance(core, LlavaCore):
+        side = core.config.vision_config.image_size
+        core.encode_images(torch.zeros(TOWER_BATCH, 3, side, side, device=device), dtype=weight.dtype)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del x_TD, h_TD
+    torch.cuda.empty_cache()
+    return peak + gathered_bytes(page_shape(core), core.text_config.num_attention_heads, core.text_config.context_len, weight.dtype)
+
+
+def _is_plain_token(given: StepInput) -> bool:
+    """Whether a work is one token, told by its id, that goes through the model as it is."""
+    work = given.work
+    is_told = given.embeds_TD is None or work.first >= given.embeds_TD.shape[0]
+    is_id = work.first < len(work.row.ids) and not any(span.start <= work.first < span.stop for span in work.job.spans)
+    return work.stop - work.first == 1 and is_told and is_id and given.lora is None
 
 
 def page_shape(core: LlamaCore | LlavaCore) -> PageShape:

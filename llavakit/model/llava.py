@@ -27,9 +27,10 @@ from llavakit.model.vision import VisionTower
 from llavakit.ops.attention import Attention, Packed
 from llavakit.ops.loss import IGNORE, linear_cross_entropy
 
-__all__ = ["IMAGE_PLACEHOLDER", "LlamaCore", "LlavaCore", "LossTerms", "PackedBatch", "check_config", "check_ids"]
+__all__ = ["IMAGE_PLACEHOLDER", "TOWER_BATCH", "LlamaCore", "LlavaCore", "LossTerms", "PackedBatch", "check_config", "check_ids"]
 
-_TOWER_BATCH = 16
+TOWER_BATCH = 16
+"""Tiles that the tower sees at once where no gradient is needed."""
 IMAGE_PLACEHOLDER = -200
 """The id that original LLaVA code writes where a picture's features go."""
 
@@ -150,7 +151,7 @@ class LlavaCore(nn.Module):
         """Run the tower, a few tiles at a time where no gradient is needed."""
         is_tower_trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.vision_tower.parameters())
         pixels_N3SS = pixels_N3SS.to(self.vision_tower.dtype if dtype is None else dtype)
-        parts = (pixels_N3SS,) if is_tower_trained or not pixels_N3SS.shape[0] else pixels_N3SS.split(_TOWER_BATCH)
+        parts = (pixels_N3SS,) if is_tower_trained or not pixels_N3SS.shape[0] else pixels_N3SS.split(TOWER_BATCH)
         with torch.set_grad_enabled(is_tower_trained):
             depths, keep_cls = self.config.feature_depths, self.config.image_grid.has_cls
             seen = [self.vision_tower.features(part, depths=depths, keep_cls=keep_cls) for part in parts]

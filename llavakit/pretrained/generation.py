@@ -20,7 +20,7 @@ from llavakit.engine.runner import page_shape
 from llavakit.errors import InputError
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.ops.memory import free_memory
-from llavakit.ops.paged import PAGE
+from llavakit.ops.pages import PAGE
 from llavakit.pretrained.inputs import Batch, check_batch
 from llavakit.pretrained.outputs import GenerateOutput
 from llavakit.pretrained.pictures import Pictures, gather
@@ -228,7 +228,7 @@ def _settings(core: Any, requests: Sequence[Request]) -> EngineSettings:
     weight = core.get_input_embeddings().weight
     rows = [request.params.num_beams for request in requests]
     needs = [-(-(len(request.prompt.ids) + request.max_tokens) // PAGE) * count for request, count in zip(requests, rows, strict=True)]
-    room = int(free_memory(weight.device) * _MEMORY_SHARE) // page_shape(core).page_bytes(weight.dtype)
+    room = int(free_memory(weight.device) * _MEMORY_SHARE) // page_shape(core).page_bytes(weight.dtype, weight.device)
     num_blocks = max(max(needs), min(sum(needs), room))
     return EngineSettings(num_blocks=num_blocks, max_batch=sum(rows), step_tokens=_STEP_TOKENS, prefix_cache=False)
 

@@ -8,6 +8,7 @@ Legend: O outputs  I inputs
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,16 +55,21 @@ class Quantized:
         """Return the weight that the codes stand for, [O, I]."""
         if self.kind == "int8":
             return (self.codes * self.scales).to(dtype)
-        levels = torch.tensor(_NF4_LEVELS, device=self.codes.device)
-        pairs = torch.stack((self.codes >> 4, self.codes & 15), -1).view(-1)
-        values = levels[pairs.int()]
-        values = values.view(-1, NF4_BLOCK) * self.scales[:, None]
+        values = _pairs(self.codes.device)[self.codes.int()].view(-1, NF4_BLOCK)
+        values *= self.scales[:, None]
         return values.view(-1)[: math.prod(self.shape)].view(self.shape).to(dtype)
 
     @property
     def nbytes(self) -> int:
         """Memory of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
+
+
+@functools.cache
+def _pairs(device: torch.device) -> Tensor:
+    """Return the two values of each byte, [256, 2]."""
+    codes = torch.arange(256)
+    return torch.tensor(_NF4_LEVELS)[torch.stack((codes >> 4, codes & 15), -1)].to(device)
 
 
 def quantize_int8(weight_OI: Tensor) -> Quantized:

@@ -1,0 +1,277 @@
+"""What the engine does on a GPU with random weights of LLaVA-1.5-7B's shape, in one run, A B A B.
+
+decode       one and 32 sequences of 640 tokens, bfloat16: the median step with CUDA graphs, beside the engine without them, transformers
+             over its growing cache, and transformers compiled (mode reduce-overhead) over its static cache
+throughput   128 requests of 600 to 700 tokens that want 16 to 128 more, beside transformers' generate in padded batches
+quantised    pictures and questions to the whole LLaVA in int8 and NF4 on a card of which only 16 GB are free: memory and tokens per second
+
+Prompts are ready on both sides. Run: python -m benchmarks.gpu [--parts decode ...] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import StaticCache
+
+from benchmarks.engine import Asked, params
+from benchmarks.forward import NO_TILES, twin_of
+from benchmarks.harness import RESULTS, alternate, write_result
+from llavakit.engine.engine import Engine, EngineSettings
+from llavakit.engine.llm import LLM, MINIATURE
+from llavakit.engine.request import Request, Terms
+from llavakit.model.config import LlamaConfig
+from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.llava_config import LlavaConfig
+from llavakit.model.surgery import quantize
+from llavakit.model.vision_config import ClipVisionConfig
+from llavakit.ops.pages import PAGE
+from llavakit.processing.processor import LlavaProcessor, Prompt
+from llavakit.types import Conversation, SamplingParams
+from llavakit.world.render import render, to_png
+from llavakit.world.scenes import draw_scene
+
+CONTEXT = 4096
+PROMPT, STEPS = 640, 48
+CARD_BYTES = 16 << 30
+CUDA = torch.device("cuda")
+
+
+def main() -> int:
+    """Measure the parts asked for, and record them beside those of earlier runs."""
+    parts: Mapping[str, Callable[[int], dict[str, Any]]] = {"decode": decode, "throughput": throughput, "quantised": quantised}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parts", nargs="*", choices=parts, default=list(parts))
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    path = RESULTS / "engine_gpu.json"
+    rows: dict[str, Any] = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else {}
+    for name in options.parts:
+        rows |= parts[name](options.rounds)
+        write_result("engine_gpu", "python -m benchmarks.gpu", {"rows": rows})
+        print(name, "done", file=sys.stderr)
+    return 0
+
+
+def text_config() -> LlamaConfig:
+    return LlamaConfig(vocab_size=32064, max_position_embeddings=CONTEXT)
+
+
+def filled(core: nn.Module, device: torch.device) -> Any:
+    """Give a model that was built without memory random weights in bfloat16, which are drawn on the GPU."""
+    core = core.to(torch.bfloat16).to_empty(device=device).eval()
+    generator = torch.Generator(CUDA).manual_seed(0)
+    with torch.no_grad():
+        for name, weight in core.named_parameters():
+            is_norm = "norm" in name.rpartition(".")[0].rpartition(".")[2] and name.endswith("weight")
+            weight.copy_(torch.empty(weight.shape, device=CUDA).normal_(float(is_norm), 0.0 if is_norm else 0.02, generator=generator))
+    return core
+
+
+@functools.cache
+def llama() -> LlamaCore:
+    with torch.device("meta"):
+        core = LlamaCore(text_config())
+    return filled(core, CUDA)  # type: ignore[no-any-return]
+
+
+def engine_of(core: LlamaCore | LlavaCore, num_rows: int, *, has_graphs: bool) -> Engine:
+    engine = Engine(core, EngineSettings(num_blocks=num_rows * 48, max_batch=num_rows, step_tokens=4096, prefix_cache=False))
+    if not has_graphs:
+        engine.runner.graphs = None
+    return engine
+
+
+def request(prompt: Prompt, count: int) -> Request:
+    return Request(prompt, params(count), Terms(context_len=CONTEXT, end_ids=frozenset()))
+
+
+def prompts(num_rows: int, least: int, most: int) -> list[Prompt]:
+    draw = random.Random(0)
+    texts = [tuple(draw.randrange(3, 32000) for _ in range(draw.randint(least, most))) for _ in range(num_rows)]
+    return [Prompt(ids, (False,) * len(ids), NO_TILES) for ids in texts]
+
+
+def our_decode(engine: Engine, asked: Sequence[Prompt]) -> Callable[[], Sequence[float]]:
+    def run() -> Sequence[float]:
+        for prompt in asked:
+            engine.add(request(prompt, STEPS + 1))
+        num_events, times = 0, []
+        while engine.has_work:
+            start = time.perf_counter()
+            found = len(engine.step())
+            num_events += found
+            times += [time.perf_counter() - start] * (found == len(asked))
+        assert num_events == len(asked) * (STEPS + 1)
+        return [statistics.median(times[-STEPS:])]
+
+    return run
+
+
+def their_decode(model: Any, asked: Sequence[Prompt], *, compiled: Any = None) -> Callable[[], Sequence[float]]:
+    """Return transformers' step over its growing cache, or a compiled one over its static cache."""
+    ids = torch.tensor([prompt.ids for prompt in asked], device=CUDA)
+    cache = None if compiled is None else StaticCache(config=model.config, max_cache_len=PROMPT + STEPS + 16)
+
+    @torch.inference_mode()
+    def run() -> Sequence[float]:
+        nonlocal cache
+        past: Any = None
+        if cache is not None:
+            cache.reset()
+            past = cache
+        output = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        past = output.past_key_values
+        tokens = output.logits[:, -1].argmax(-1, keepdim=True)
+        step = model if compiled is None else compiled
+        times = []
+        for index in range(STEPS):
+            start = time.perf_counter()
+            position = torch.tensor([PROMPT + index], device=CUDA)
+            places = {"position_ids": position.expand(len(asked), 1)} if compiled is not None else {}
+            tokens = step(tokens, past_key_values=past, use_cache=True, logits_to_keep=1, **places).logits[:, -1].argmax(-1, keepdim=True)
+            tokens.tolist()
+            times.append(time.perf_counter() - start)
+        return [statistics.median(times)]
+
+    return run
+
+
+def decode(rounds: int) -> dict[str, Any]:
+    core = llama()
+    twin = twin_of(core, "sdpa")
+    rows: dict[str, Any] = {}
+    for num_rows in (1, 32):
+        asked = prompts(num_rows, PROMPT, PROMPT)
+        runs = {"transformers": their_decode(twin, asked)}
+        compiled = their_decode(twin, asked, compiled=torch.compile(twin, mode="reduce-overhead"))
+        try:
+            compiled()
+        except Exception as error:  # a peer that cannot run here is told in the result
+            rows[f"decode {num_rows}, compiled peer failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+        else:
+            runs["transformers compiled, static cache"] = compiled
+        ours, bare = (our_decode(engine_of(core, num_rows, has_graphs=has_graphs), asked) for has_graphs in (True, False))
+        for name, peers in (("transformers", runs), ("no graphs", {"engine without graphs": bare})):
+            (comparison,) = alternate(ours, peers, rounds)
+            tokens = {"tokens_per_s": round(num_rows / statistics.median(comparison.ours))}
+            rows[f"decode {num_rows} beside {name}"] = {**comparison.to_row(), **tokens}
+        torch.compiler.reset()
+    return rows
+
+
+def throughput(rounds: int) -> dict[str, Any]:
+    core = llama()
+    twin = twin_of(core, "sdpa")
+    draw = random.Random(1)
+    asked = [(prompt, draw.randint(16, 128)) for prompt in prompts(128, 600, 700)]
+    runs = {f"transformers, padded batch of {size}": padded_run(twin, asked, size) for size in (32, 64)}
+    (comparison,) = alternate(engine_run(core, asked), runs, max(1, rounds // 2))
+    count = sum(count for _, count in asked)
+    return {"throughput": {**comparison.to_row(), "tokens_per_s": round(count / statistics.median(comparison.ours))}}
+
+
+def engine_run(core: LlamaCore, asked: Sequence[Asked]) -> Callable[[], list[float]]:
+    blocks = 64 * -(-(700 + 128) // PAGE)
+    engine = Engine(core, EngineSettings(num_blocks=blocks, max_batch=64, step_tokens=4096, prefix_cache=False))
+
+    def run() -> list[float]:
+        start = time.perf_counter()
+        for prompt, count in asked:
+            engine.add(request(prompt, count))
+        assert sum(event.token is not None for event in engine.run()) == sum(count for _, count in asked)
+        return [time.perf_counter() - start]
+
+    return run
+
+
+def padded_run(model: Any, asked: Sequence[Asked], batch: int) -> Callable[[], list[float]]:
+    @torch.inference_mode()
+    def run() -> list[float]:
+        start = time.perf_counter()
+        for first in range(0, len(asked), batch):
+            rows = asked[first : first + batch]
+            longest, most = max(len(prompt.ids) for prompt, _ in rows), max(count for _, count in rows)
+            ids = torch.tensor([[0] * (longest - len(prompt.ids)) + list(prompt.ids) for prompt, _ in rows], device=CUDA)
+            mask = torch.tensor([[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt, _ in rows], device=CUDA)
+            model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, do_sample=False, pad_token_id=0
+            ).tolist()
+        return [time.perf_counter() - start]
+
+    return run
+
+
+def quantised(rounds: int) -> dict[str, Any]:
+    """Eight questions about eight pictures, twice: weights on the GPU, the most memory that was taken, tokens per second."""
+    del rounds
+    rows: dict[str, Any] = {}
+    kinds: tuple[Literal["int8", "nf4"], ...] = ("int8", "nf4")
+    for kind in kinds:
+        llama.cache_clear()
+        torch.cuda.empty_cache()
+        core = llava()
+        start = time.perf_counter()
+        quantize(core, kind, CUDA)
+        seconds = time.perf_counter() - start
+        torch.cuda.empty_cache()
+        weights = torch.cuda.memory_allocated()
+        free, _ = torch.cuda.mem_get_info()
+        ballast = torch.empty(max(0, free + torch.cuda.memory_reserved() - CARD_BYTES), dtype=torch.uint8, device=CUDA)
+        held = torch.cuda.memory_allocated() - weights
+        llm = LLM.of(core, processor(), max_batch=8)
+        torch.cuda.reset_peak_memory_stats()
+        pictures = [to_png(render(draw_scene(random.Random(seed)), 640, 480)) for seed in range(8)]
+        conversations = [Conversation.ask("What is in the picture?", picture) for picture in pictures]
+        for _ in range(2):
+            start = time.perf_counter()
+            found = llm.chat(conversations, SamplingParams(max_tokens=32, ignore_eos=True))
+            elapsed = time.perf_counter() - start
+        assert all(len(completion.ids) == 32 for completion in found), [completion.error for completion in found]
+        start = time.perf_counter()
+        one = llm.chat(conversations[0], SamplingParams(max_tokens=33, ignore_eos=True))
+        rows[f"quantised {kind}"] = {
+            "quantised_in_s": round(seconds, 1),
+            "weights_gb": round(weights / 1e9, 2),
+            "peak_gb": round((torch.cuda.max_memory_allocated() - held) / 1e9, 2),
+            "cache_blocks": llm.engine.settings.num_blocks,
+            "graph_steps": 0 if llm.engine.runner.graphs is None else llm.engine.runner.graphs.num_replays,
+            "tokens_per_s_of_8": round(8 * 32 / elapsed, 1),
+            "tokens_per_s_alone": round(len(one.ids) / (time.perf_counter() - start), 1),
+        }
+        del llm, core, ballast
+    return rows
+
+
+def llava() -> LlavaCore:
+    """Build the whole model in the CPU's memory, as loading does before weights are quantised."""
+    vision = ClipVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+    )
+    config = LlavaConfig(text_config=text_config(), vision_config=vision, image_token_index=processor().image_token_id)
+    with torch.device("meta"):
+        core = LlavaCore(config)
+    return filled(core, torch.device("cpu"))  # type: ignore[no-any-return]
+
+
+def processor() -> LlavaProcessor:
+    """Return the miniature's processor at CLIP-L's size."""
+    small = LLM(MINIATURE, device="cpu").processor
+    assert isinstance(small, LlavaProcessor)
+    images = replace(small.image_processor, size_px=336, crop_px=336)
+    return replace(small, image_processor=images, patch_size=14)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
