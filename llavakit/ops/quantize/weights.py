@@ -75,7 +75,8 @@ def _pairs(device: torch.device) -> Tensor:
 def quantize_int8(weight_OI: Tensor) -> Quantized:
     """Round each row to 255 levels between minus and plus its largest value."""
     weight_OI = weight_OI.float()
-    scales_O1 = weight_OI.abs().amax(1, keepdim=True) / 127
+    most_O1 = weight_OI.abs().amax(1, keepdim=True)
+    scales_O1 = most_O1 / torch.full_like(most_O1, 127)  # a GPU would multiply by the reciprocal of a plain number, which rounds otherwise
     codes_OI = (weight_OI / scales_O1.where(scales_O1 > 0, 1.0)).round().to(torch.int8)
     return Quantized("int8", codes_OI, scales_O1, _shape(weight_OI))
 
