@@ -239,10 +239,13 @@ def build_run_config(cls: type[T], values: Mapping[str, Any], *, where: str = ""
 
 def run_config_to_dict(config: Any) -> dict[str, Any]:
     """Return a run config as plain JSON values; build_run_config reads it back."""
-    return {
-        field.name: run_config_to_dict(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else value
-        for field in dataclasses.fields(config)
-    }
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return run_config_to_dict(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

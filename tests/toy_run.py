@@ -14,7 +14,7 @@ import torch
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlamaCore
 from llavakit.model.surgery import init_weights
-from llavakit.training.config import OptimConfig, SaveConfig, TrainConfig
+from llavakit.training.config import LoopConfig, OptimConfig, SaveConfig
 from llavakit.training.data import Sample
 from llavakit.training.objectives import PackedLoss
 from llavakit.training.packing import PackedSource
@@ -75,7 +75,7 @@ def toy_source(seed: int = 0, *, samples_per_batch: int = 4) -> PackedSource:
     return PackedSource(Repeats(seed), samples_per_batch, multiple_of=1)
 
 
-def toy_config(**changes: Any) -> TrainConfig:
+def toy_config(**changes: Any) -> LoopConfig:
     values = {
         "steps": 8,
         "optim": OptimConfig(lr=1e-2, clip_norm=1.0, warmup_steps=2),
@@ -83,9 +83,9 @@ def toy_config(**changes: Any) -> TrainConfig:
         "save": SaveConfig(every_s=1e9),
         **changes,
     }
-    return TrainConfig(**values)
+    return LoopConfig(**values)
 
 
-def toy_trainer(run_dir: Path, config: TrainConfig, *, seed: int = 0) -> tuple[Trainer, Kept]:
+def toy_trainer(run_dir: Path, config: LoopConfig, *, seed: int = 0) -> tuple[Trainer, Kept]:
     reporter = Kept()
     return Trainer(toy_core(), PackedLoss(config.compute_dtype), toy_source(seed), config, reporter, run_dir), reporter

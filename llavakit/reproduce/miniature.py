@@ -33,7 +33,7 @@ from llavakit.reproduce.tower import TowerSource, TowerTrainer
 from llavakit.reproduce.vocabulary import train_tokenizer
 from llavakit.storage.documents import read_json, write_json
 from llavakit.storage.tensors import TensorFolder, write_tensors
-from llavakit.training.config import OptimConfig, TrainConfig
+from llavakit.training.config import LoopConfig, OptimConfig
 from llavakit.training.packing import PackedSource
 from llavakit.training.trainer import train
 
@@ -77,7 +77,7 @@ def miniature_config() -> LlavaConfig:
 class _Training:
     """A training stage: its run and how many samples make a batch."""
 
-    run: TrainConfig
+    run: LoopConfig
     batch_size: int
     stream: int
     """Number of the stage's stream of samples."""
@@ -108,12 +108,12 @@ def miniature_stages(*, scale: float = 1.0, num_scenes: int = 5000) -> list[Stag
     ]
 
 
-def _run(steps: int, lr: float, scale: float, trainable: tuple[str, ...] = ("*",)) -> TrainConfig:
+def _run(steps: int, lr: float, scale: float, trainable: tuple[str, ...] = ("*",)) -> LoopConfig:
     steps = max(2, round(steps * scale))
     optim = OptimConfig(
         name="muon", lr=lr, weight_decay=0.05, beta2=0.98, clip_norm=1.0, warmup_steps=max(1, steps // 40), schedule="wsd", decay_share=0.4
     )
-    return TrainConfig(steps=steps, optim=optim, trainable=trainable)
+    return LoopConfig(steps=steps, optim=optim, trainable=trainable)
 
 
 def _training_stage(name: str, inputs: tuple[str, ...], run: Callable[[_Training, StageContext], None], training: _Training) -> Stage:

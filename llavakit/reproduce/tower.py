@@ -22,6 +22,7 @@ from llavakit.model.vision import VisionTower
 from llavakit.model.vision_config import VisionConfig
 from llavakit.processing.image import ImageProcessor
 from llavakit.reproduce.pictures import draw_picture
+from llavakit.training.data import Drawn
 from llavakit.world.scenes import COLORS, DIGITS, LETTERS, SHAPES, Scene
 
 __all__ = ["TowerBatch", "TowerSource", "TowerTrainer", "dense_targets"]
@@ -100,17 +101,18 @@ class TowerSource:
     processor: ImageProcessor
     patches_per_side: int
 
-    def batch(self, number: int) -> TowerBatch:
+    def batch(self, number: int) -> Drawn:
         """Draw, render and label one batch."""
         pictures = [draw_picture(random.Random(self.seed + number * self.size + index)) for index in range(self.size)]
         targets = [dense_targets(picture.scene, picture.image.size, self.patches_per_side) for picture in pictures]
-        return TowerBatch(
+        batch = TowerBatch(
             torch.cat([self.processor.apply(picture.image) for picture in pictures]),
             torch.from_numpy(np.stack([target.names_P for target in targets])),
             torch.from_numpy(np.stack([target.colors_P for target in targets])),
             torch.from_numpy(np.stack([target.centers_P for target in targets])),
             torch.from_numpy(np.stack([target.boxes_P4 for target in targets])),
         )
+        return Drawn(batch, self.size, 0)
 
 
 def _patch_at(x: float, y: float, patches_per_side: int) -> int:

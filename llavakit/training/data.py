@@ -1,6 +1,6 @@
 """What a run trains on: samples by index, batches by number.
 
-Owns: Sample, the two source protocols, the digest by which a resumed run recognises its data.
+Owns: Sample, Drawn, the two source protocols, the digest by which a resumed run recognises its data.
 Invariant: a batch is a pure function of its number, so the data position of a run is its step, whatever the workers.
 Legend: N tiles  S side in pixels
 """
@@ -20,7 +20,7 @@ from llavakit.errors import DataError, LlavaError
 from llavakit.geometry import ImageGrid
 from llavakit.processing.processor import Prompt
 
-__all__ = ["BatchSource", "Sample", "SampleSource", "batch_digest", "draw_sample", "sample_of_prompt"]
+__all__ = ["BatchSource", "Drawn", "Sample", "SampleSource", "batch_digest", "draw_sample", "moved", "sample_of_prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,25 @@ class SampleSource(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A batch, and what became of the samples that belong in it."""
+
+    batch: Any
+    """What the objective takes: a dataclass of tensors."""
+    num_samples: int
+    """Samples in it."""
+    num_tokens: int
+    """Their tokens; 0 where samples have none."""
+    left_out: tuple[str, ...] = ()
+    """One sentence for each sample that belongs in it and could not be built."""
+
+
 class BatchSource(Protocol):
     """Batches by number: batch(n) is a pure function."""
 
-    def batch(self, number: int) -> Any:
-        """Build batch number n; its type is what the objective takes, a dataclass of tensors."""
+    def batch(self, number: int) -> Drawn:
+        """Build batch number n."""
         ...
 
 
@@ -69,6 +83,14 @@ def batch_digest(batch: Any) -> str:
             hasher.update(f"{field.name} {value.dtype} {tuple(value.shape)}".encode())
             hasher.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """Return a batch whose tensors lie on a device."""
+    if device.type == "cpu":
+        return batch
+    tensors = {field.name: value for field in dataclasses.fields(batch) if isinstance(value := getattr(batch, field.name), Tensor)}
+    return dataclasses.replace(batch, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 class _Naming:

@@ -11,12 +11,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from llavakit.model.llava import LossTerms, PackedBatch
+from llavakit.model.llava import LossTerms
 
-__all__ = ["COMPUTE_DTYPES", "NUM_SAMPLES", "NUM_TOKENS", "Objective", "PackedLoss"]
+__all__ = ["COMPUTE_DTYPES", "Objective", "PackedLoss"]
 
-NUM_TOKENS, NUM_SAMPLES = "num_tokens", "num_samples"
-"""Metrics from which the reporter works out rates; the other metrics are reported as shares of the first of them."""
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """TrainConfig.compute_dtype as torch's dtypes."""
 
@@ -25,7 +23,7 @@ class Objective(Protocol):
     """A loss over one microbatch."""
 
     def loss(self, model: Any, batch: Any) -> LossTerms:
-        """Return the differentiable sum, the number of supervised positions, and counters."""
+        """Return the differentiable sum, the number of supervised positions, and counters, of which all but the first are shares of it."""
         ...
 
 
@@ -37,9 +35,6 @@ class PackedLoss:
     """Dtype of the activations."""
 
     def loss(self, model: Any, batch: Any) -> LossTerms:
-        """Call loss_packed once; count the tokens and sequences of a PackedBatch (a filler counts as one)."""
+        """Call loss_packed once."""
         terms: LossTerms = model.loss_packed(batch, dtype=COMPUTE_DTYPES[self.compute_dtype])
-        if not isinstance(batch, PackedBatch):
-            return terms
-        counts = {NUM_TOKENS: torch.tensor(batch.ids_T.numel()), NUM_SAMPLES: torch.tensor(batch.cu_seqlens.numel() - 1)}
-        return LossTerms(terms.sum, terms.weight, {**terms.metrics, **counts})
+        return terms

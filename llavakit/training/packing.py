@@ -1,6 +1,6 @@
 """Sequences end to end in one batch.
 
-Owns: pack, PackedSource (so many samples a batch) and BestFitSource (so many tokens a batch, lengths known).
+Owns: pack, PackedSource (so many samples a batch), Part and BestFitSource (so many tokens a batch, lengths known).
 A batch may end in a filler segment that rounds its length up: where kernels are built per shape and building them is slow, a small
 model's steps gain from meeting few shapes; where it is fast the filler costs its share (0.95 in benchmarks/results/choices.json).
 Invariants: no position predicts across a boundary; what is packed is a pure function of the batch's number; nothing is cut here.
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
-from llavakit.errors import DataError
+from llavakit.errors import DataError, LlavaError
 from llavakit.logs import logger
 from llavakit.model.llava import PackedBatch
 from llavakit.ops.loss import IGNORE
 from llavakit.training.config import DataConfig
-from llavakit.training.data import Sample, SampleSource, draw_sample
+from llavakit.training.data import Drawn, Sample, SampleSource, draw_sample
 
 __all__ = ["BestFitSource", "PackedSource", "best_fit", "pack"]
 
@@ -33,7 +33,7 @@ def pack(samples: Sequence[Sample], *, multiple_of: int = 1) -> PackedBatch:
 
     The length is rounded up to a multiple with one unsupervised segment.
 
-    Raises: DataError when nothing is supervised.
+    Raises: DataError when there are samples and nothing is supervised.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -45,7 +45,7 @@ def pack(samples: Sequence[Sample], *, multiple_of: int = 1) -> PackedBatch:
         labels.append(IGNORE)
         positions += range(len(sample.ids))
         bounds.append(len(ids))
-    if all(label == IGNORE for label in labels):
+    if samples and all(label == IGNORE for label in labels):
         raise DataError("a batch without any supervised token cannot train; check the samples' answers")
     if filler := -len(ids) % multiple_of:
         ids += [0] * filler
@@ -73,38 +73,76 @@ class PackedSource:
     multiple_of: int = 256
     """Lengths are rounded up to multiples of it."""
 
-    def batch(self, number: int) -> PackedBatch:
+    def batch(self, number: int) -> Drawn:
         """Pack samples number * samples_per_batch and following."""
         first = number * self.samples_per_batch
         samples = [draw_sample(self.samples, index) for index in range(first, first + self.samples_per_batch)]
-        return pack(samples, multiple_of=self.multiple_of)
+        return Drawn(pack(samples, multiple_of=self.multiple_of), len(samples), _num_tokens(samples))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One set of samples of a mixture, with what is known of each before it is built."""
+
+    name: str
+    samples: SampleSource
+    lengths: Sequence[int]
+    """Tokens of each; 0 for one that cannot train."""
+    weight: float = 1.0
+    """How often an epoch goes through the set."""
+
+    def order(self, usable: Sequence[int], seed: int, epoch: int) -> list[int]:
+        """Choose an epoch's samples, in random order; what one epoch leaves out of a set comes first in the next."""
+        first = round(len(usable) * self.weight * epoch)
+        count = round(len(usable) * self.weight * (epoch + 1)) - first
+        chosen: list[int] = []
+        while len(chosen) < count:
+            turn, place = divmod(first + len(chosen), len(usable))
+            shuffled = random.Random(f"{seed}/{self.name}/{turn}").sample(usable, len(usable))
+            chosen += shuffled[place : place + count - len(chosen)]
+        return chosen
 
 
 class BestFitSource:
-    """Batches of up to tokens_per_batch tokens from samples of known lengths, each sample once per epoch.
+    """Batches of up to tokens_per_batch tokens from samples of known lengths.
 
-    An epoch is a seeded order of the samples, cut into windows; each window is packed by best_fit, and its packs are shuffled.
+    An epoch is a seeded order of the samples of all parts, as often as their weights say, cut into windows. Each window is packed by
+    best_fit, its last pack is filled up in the next window, and its packs are shuffled. A sample that cannot be built when its turn
+    comes is left out, with the reason.
     """
 
-    def __init__(self, samples: SampleSource, lengths: Sequence[int], config: DataConfig) -> None:
-        """Leave out samples that are too long, and say how many. Raises: DataError when none is left."""
-        self.samples, self.lengths, self.config = samples, lengths, config
-        self.usable = [index for index, length in enumerate(lengths) if length <= config.max_sample_tokens]
-        self.num_left_out = len(lengths) - len(self.usable)
-        if not self.usable:
-            raise DataError(f"no sample has at most {config.max_sample_tokens} tokens; raise data.max_sample_tokens")
-        if self.num_left_out:
-            _LOG.warning("%d of %d samples exceed %d tokens and are left out", self.num_left_out, len(lengths), config.max_sample_tokens)
+    def __init__(self, parts: Sequence[Part], config: DataConfig) -> None:
+        """Leave out samples that are too long, and say how many. Raises: DataError when a part has none left."""
+        self.parts, self.config = parts, config
+        self._usable = [[index for index, length in enumerate(part.lengths) if 0 < length <= config.max_sample_tokens] for part in parts]
+        for part, usable in zip(parts, self._usable, strict=True):
+            if not usable:
+                raise DataError(f"{part.name}: no sample can train with at most {config.max_sample_tokens} tokens (data.max_sample_tokens)")
+            if num_long := sum(length > config.max_sample_tokens for length in part.lengths):
+                _LOG.warning("%s: %d samples exceed %d tokens and are left out", part.name, num_long, config.max_sample_tokens)
         self._num_batches: list[int] = []  # of the epochs counted so far
-        self._packs: tuple[int, list[list[int]]] = (-1, [])  # the epoch planned last
+        self._packs: tuple[int, list[list[tuple[int, int]]]] = (-1, [])  # the epoch planned last
 
-    def batch(self, number: int) -> PackedBatch:
-        """Pack batch number n, counted on from epoch to epoch; its length is rounded up to tokens_per_batch."""
+    @property
+    def num_usable(self) -> int:
+        """Samples that can train, over all parts."""
+        return sum(map(len, self._usable))
+
+    def batch(self, number: int) -> Drawn:
+        """Pack batch number n, counted on from epoch to epoch."""
         epoch = 0
         while number >= (num_batches := self.num_batches(epoch)):
             number, epoch = number - num_batches, epoch + 1
-        samples = [draw_sample(self.samples, index) for index in self.packs(epoch)[number]]
-        return pack(samples, multiple_of=self.config.tokens_per_batch)
+        samples: list[Sample] = []
+        left_out: list[str] = []
+        for part, index in self.packs(epoch)[number]:
+            try:
+                sample = draw_sample(self.parts[part].samples, index)
+            except LlavaError as error:
+                left_out.append(f"{self.parts[part].name}: {error}")
+            else:
+                samples.append(sample)
+        return Drawn(pack(samples, multiple_of=self.config.multiple_of), len(samples), _num_tokens(samples), tuple(left_out))
 
     def num_batches(self, epoch: int) -> int:
         """Count the batches of an epoch."""
@@ -112,19 +150,33 @@ class BestFitSource:
             self._num_batches.append(len(self.packs(len(self._num_batches))))
         return self._num_batches[epoch]
 
-    def packs(self, epoch: int) -> list[list[int]]:
-        """Plan an epoch: the samples of each batch, a pure function of lengths, config and epoch."""
+    def packs(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """Plan an epoch: the samples of each batch as (part, index), a pure function of lengths, config and epoch."""
         if self._packs[0] != epoch:
+            order = [
+                (place, index)
+                for place, (part, usable) in enumerate(zip(self.parts, self._usable, strict=True))
+                for index in part.order(usable, self.config.seed, epoch)
+            ]
             rng = random.Random(f"{self.config.seed}/{epoch}")
-            order = rng.sample(self.usable, len(self.usable))
-            packs: list[list[int]] = []
+            rng.shuffle(order)
+            packs: list[list[tuple[int, int]]] = []
+            waiting: list[tuple[int, int]] = []
             for start in range(0, len(order), self.config.window):
-                window = order[start : start + self.config.window]
-                planned = best_fit([self.lengths[index] for index in window], self.config.tokens_per_batch)
+                window = [*waiting, *order[start : start + self.config.window]]
+                planned = best_fit([self.parts[part].lengths[index] for part, index in window], self.config.tokens_per_batch)
+                # best_fit opens its last pack for what is left; it is filled up in the next window.
+                waiting = [window[position] for position in planned.pop()] if start + self.config.window < len(order) else []
                 rng.shuffle(planned)
                 packs += [[window[position] for position in chosen] for chosen in planned]
             self._packs = (epoch, packs)
         return self._packs[1]
+
+    def fullness(self, epoch: int) -> float:
+        """Return the share of an epoch's room that samples take."""
+        packs = self.packs(epoch)
+        num_tokens = sum(self.parts[part].lengths[index] for chosen in packs for part, index in chosen)
+        return num_tokens / (len(packs) * self.config.tokens_per_batch)
 
 
 def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -146,3 +198,7 @@ def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
         packs[chosen].append(index)
         bisect.insort(rooms, (room - lengths[index], chosen))
     return packs
+
+
+def _num_tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.ids) for sample in samples)

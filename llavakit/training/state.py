@@ -31,7 +31,7 @@ __all__ = ["RunState", "Saves", "run_lock"]
 
 _LOG = logger("training")
 _STATE_FILE, _LOCK_FILE = "state.json", "lock"
-_VERSION = 1
+_VERSION = 2
 _NO_SPLIT = 1 << 62
 _MAX_LISTED = 5
 
@@ -45,6 +45,8 @@ class RunState:
         """Steps done."""
         self.num_skipped, self.num_skipped_in_row = 0, 0
         """Updates left out because loss or gradient was not finite."""
+        self.num_samples, self.num_left_out = 0, 0
+        """Samples that came up, and those of them that could not be built."""
         self.batch_digest = ""
         """Digest of the last batch that was trained on."""
 
@@ -68,6 +70,8 @@ class RunState:
             "step": self.step,
             "num_skipped": self.num_skipped,
             "num_skipped_in_row": self.num_skipped_in_row,
+            "num_samples": self.num_samples,
+            "num_left_out": self.num_left_out,
             "batch_digest": self.batch_digest,
             "numpy": {"pos": numpy_state["state"]["pos"], "has_gauss": numpy_state["has_gauss"], "gauss": numpy_state["gauss"]},
             "python": {"version": version, "gauss": gauss},
@@ -77,6 +81,7 @@ class RunState:
         """Take the tensors and values of a save of the same run."""
         self.step, self.batch_digest = values["step"], values["batch_digest"]
         self.num_skipped, self.num_skipped_in_row = values["num_skipped"], values["num_skipped_in_row"]
+        self.num_samples, self.num_left_out = values["num_samples"], values["num_left_out"]
         self._restore_tensors(named)
         torch.set_rng_state(named["generator/torch"])
         own = values["numpy"]

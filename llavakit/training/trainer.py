@@ -23,16 +23,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import Parameter
 
 from llavakit.config import run_config_to_dict
 from llavakit.errors import DataError, TrainingError
 from llavakit.logs import logger
 from llavakit.model.surgery import freeze
 from llavakit.storage.documents import write_json
-from llavakit.training.config import TrainConfig
-from llavakit.training.data import BatchSource, batch_digest
-from llavakit.training.objectives import COMPUTE_DTYPES, NUM_SAMPLES, NUM_TOKENS, Objective, PackedLoss
-from llavakit.training.optim import build_optimizers, clip_gradients, lr_scale, set_lr
+from llavakit.training.config import LoopConfig
+from llavakit.training.data import BatchSource, Drawn, batch_digest, moved
+from llavakit.training.objectives import COMPUTE_DTYPES, Objective, PackedLoss
+from llavakit.training.optim import build_optimizers, clip_gradients, lr_scale, plan_groups, set_lr
 from llavakit.training.reporting import Reporter, RunReporter, StepRecord, write_loss_curve
 from llavakit.training.state import RunState, Saves, run_lock
 from llavakit.training.workers import BatchLoader
@@ -41,6 +42,7 @@ __all__ = ["TrainResult", "Trainer", "train"]
 
 _LOG = logger("training")
 _MAX_SKIPPED_IN_ROW = 3
+_GRACE_SAMPLES = 1000  # before this many samples one bad one more or less says nothing about the share
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class TrainResult:
     """Loss of the last step; None when the run was finished before."""
 
 
-def train(model: nn.Module, source: BatchSource, config: TrainConfig, run_dir: Path) -> TrainResult:
+def train(model: nn.Module, source: BatchSource, config: LoopConfig, run_dir: Path) -> TrainResult:
     """Train a model on its own loss_packed, resuming from run_dir, with the usual files and progress; see Trainer.
 
     Writes config.json, metrics.jsonl, loss.png and the saves into run_dir.
@@ -73,15 +75,16 @@ class Trainer:
     """Train a model in place; everything that is not the order of a step is done by the objects it is given."""
 
     def __init__(
-        self, model: nn.Module, objective: Objective, source: BatchSource, config: TrainConfig, reporter: Reporter, run_dir: Path
+        self, model: nn.Module, objective: Objective, source: BatchSource, config: LoopConfig, reporter: Reporter, run_dir: Path
     ) -> None:
         """Freeze what config does not train and build the optimisers. Raises: ConfigError when a pattern matches nothing."""
         self.model, self.objective, self.source, self.config, self.reporter = model, objective, source, config, reporter
         self.run_dir = run_dir
+        self.device = next(model.parameters()).device
         self._last_batch: Any = None
-        for row in freeze(model, config.trainable):
-            _LOG.info("training %s: %d tensors, %d parameters", row.pattern, row.num_tensors, row.num_parameters)
+        freeze(model, config.trainable)
         parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        _LOG.info("%s", _table(model, parameters, config))
         self.state = RunState(parameters, build_optimizers(parameters, config.optim, dtype=COMPUTE_DTYPES[config.compute_dtype]))
         shapes = {name: tuple(weight.shape) for name, weight in parameters.items()}
         self.saves = Saves(run_dir, identity={**config.identity(), "parameters": shapes}, keep_last=config.save.keep_last)
@@ -107,7 +110,7 @@ class Trainer:
     def _check_data(self) -> None:
         """Refuse to go on with other data: the source must still give the batch that the save saw last."""
         number = self.state.step * self.config.microbatches - 1
-        if batch_digest(self.source.batch(number)) != self.state.batch_digest:
+        if batch_digest(self.source.batch(number).batch) != self.state.batch_digest:
             raise TrainingError(
                 f"{self.run_dir} was trained on other data (batch {number} differs); use another folder, or remove it to start over"
             )
@@ -140,24 +143,25 @@ class Trainer:
         self.saves.write(self.state)
 
     def _step(self, batches: Iterator[Any]) -> StepRecord:
-        began, wait_s, total, weight = time.monotonic(), 0.0, 0.0, 0
+        began, wait_s, total, weight, num_tokens, num_samples = time.monotonic(), 0.0, 0.0, 0, 0, 0
         counters: Counter[str] = Counter()
         for _ in range(self.config.microbatches):
             asked = time.monotonic()
-            batch = next(batches)
+            drawn: Drawn = next(batches)
             wait_s += time.monotonic() - asked
-            terms = self.objective.loss(self.model, batch)
+            self._count_samples(drawn)
+            num_tokens, num_samples = num_tokens + drawn.num_tokens, num_samples + drawn.num_samples
+            terms = self.objective.loss(self.model, moved(drawn.batch, self.device))
             terms.sum.backward()
             total, weight = total + float(terms.sum.detach()), weight + int(terms.weight)  # waits for the device
             counters.update({name: int(value) for name, value in terms.metrics.items()})
-        self._last_batch = batch
-        lr = self.config.optim.lr * lr_scale(self.config.optim, self.state.step, self.config.steps)
-        grad_norm = self._update(lr, weight, is_finite=math.isfinite(total))
-        num_tokens, num_samples = counters.pop(NUM_TOKENS, 0), counters.pop(NUM_SAMPLES, 0)
+        self._last_batch = drawn.batch
+        scale = lr_scale(self.config.optim, self.state.step, self.config.steps)
+        grad_norm = self._update(scale, weight, is_finite=math.isfinite(total))
         return StepRecord(
             step=self.state.step,
             loss=total / weight,
-            lr=lr,
+            lr=self.config.optim.lr * scale,
             grad_norm=grad_norm,
             shares=_shares(counters),
             num_tokens=num_tokens,
@@ -166,7 +170,21 @@ class Trainer:
             step_s=time.monotonic() - began,
         )
 
-    def _update(self, lr: float, weight: int, *, is_finite: bool) -> float:
+    def _count_samples(self, drawn: Drawn) -> None:
+        """Tell of samples that could not be built. Raises: DataError when their share is above max_bad_share."""
+        state = self.state
+        state.num_samples += drawn.num_samples + len(drawn.left_out)
+        state.num_left_out += len(drawn.left_out)
+        for reason in drawn.left_out:
+            _LOG.warning("step %d: a sample is left out: %s", state.step, reason)
+        most = self.config.max_bad_share * max(state.num_samples, _GRACE_SAMPLES)
+        if drawn.left_out and state.num_left_out > most:
+            raise DataError(
+                f"{state.num_left_out} of {state.num_samples} samples could not be built, last: {drawn.left_out[-1]}; "
+                f"at most a share of {self.config.max_bad_share} may be left out (data.max_bad_share); llava data check shows them all"
+            )
+
+    def _update(self, scale: float, weight: int, *, is_finite: bool) -> float:
         """Turn the summed gradient into a mean, clip it and step; returns its norm before clipping."""
         if weight == 0:
             raise DataError(f"step {self.state.step} has no supervised position; check the samples' answers")
@@ -175,7 +193,7 @@ class Trainer:
         grad_norm = float(clip_gradients(parameters, self.config.optim.clip_norm))
         if is_finite and math.isfinite(grad_norm):
             self.state.num_skipped_in_row = 0
-            set_lr(self.state.optimizers, lr)
+            set_lr(self.state.optimizers, scale)
             for optimizer in self.state.optimizers:
                 optimizer.step()
         else:
@@ -192,6 +210,22 @@ class Trainer:
             raise TrainingError(
                 f"loss or gradient was not finite {_MAX_SKIPPED_IN_ROW} times in a row, last at step {state.step}; lower the learning rate"
             )
+
+
+def _table(model: nn.Module, parameters: Mapping[str, Parameter], config: LoopConfig) -> str:
+    """Say what trains, and how: a line per group of parameters."""
+    rows = [("pattern", "tensors", "parameters", "learning rate", "decay")]
+    for group in plan_groups(parameters, config.optim):
+        count = sum(parameters[name].numel() for name in group.names)
+        rows.append((group.pattern, str(len(group.names)), f"{count:,}", f"{group.lr:g}", f"{group.weight_decay:g}"))
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    rows.append(("(frozen)", str(len(frozen)), f"{sum(weight.numel() for weight in frozen):,}", "", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    clipping = (
+        "gradients are not clipped" if config.optim.clip_norm is None else f"gradients are clipped to a norm of {config.optim.clip_norm:g}"
+    )
+    return "\n".join([f"what trains ({config.optim.name}; {clipping}):", *lines])
 
 
 def _shares(counters: Mapping[str, int]) -> dict[str, float]:

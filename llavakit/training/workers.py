@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from llavakit.errors import LlavaError, TrainingError
-from llavakit.training.data import BatchSource
+from llavakit.training.data import BatchSource, Drawn
 
 __all__ = ["BatchLoader"]
 
@@ -37,7 +37,7 @@ _READY_BATCHES = 4
 
 @dataclass(frozen=True, slots=True)
 class _Parcel:
-    """A batch on its way through a pipe, tensors as bytes: torch's own way needs the sender alive until they are opened."""
+    """A dataclass on its way through a pipe, tensors as bytes: torch's own way needs the sender alive until they are opened."""
 
     kind: type[Any]
     values: dict[str, Any]
@@ -80,20 +80,20 @@ class BatchLoader:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Drawn:
         if self._number == self._stop:
             raise StopIteration
         number, self._number = self._number, self._number + 1
         if not self._workers:
             return self._source.batch(number)
-        batch = self._ready.get()
+        drawn: Drawn | LlavaError | EOFError = self._ready.get()
         self._slots.release()
-        match batch:
+        match drawn:
             case LlavaError():
-                raise batch
+                raise drawn
             case EOFError():
                 raise self._death(number)
-        return batch
+        return drawn
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._is_closing.set()
@@ -129,7 +129,7 @@ class BatchLoader:
             except (EOFError, ConnectionError):
                 self._ready.put(EOFError())
                 return
-            self._ready.put(_unpack(received) if isinstance(received, _Parcel) else received)
+            self._ready.put(_unpack(received))
 
     def _death(self, number: int) -> Exception:
         worker = self._workers[(number - self._first) % self._num_workers]
@@ -149,7 +149,7 @@ def _work(source: BatchSource, numbers: range, pipe: Connection, inherited: Sequ
     torch.set_num_threads(1)  # also what makes torch usable after a fork
     for number in numbers:
         try:
-            built: _Parcel | LlavaError = _pack(source.batch(number))
+            built = _pack(source.batch(number))
         except LlavaError as error:
             built = error
         try:
@@ -158,13 +158,18 @@ def _work(source: BatchSource, numbers: range, pipe: Connection, inherited: Sequ
             return  # the parent is gone
 
 
-def _pack(batch: Any) -> _Parcel:
-    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return _Parcel(type(batch), {name: _to_bytes(value) if isinstance(value, Tensor) else value for name, value in values.items()})
+def _pack(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _to_bytes(value)
+    if not dataclasses.is_dataclass(value):
+        return value
+    return _Parcel(type(value), {field.name: _pack(getattr(value, field.name)) for field in dataclasses.fields(value)})
 
 
-def _unpack(parcel: _Parcel) -> Any:
-    return parcel.kind(**{name: _to_tensor(value) if isinstance(value, _Bytes) else value for name, value in parcel.values.items()})
+def _unpack(value: Any) -> Any:
+    if isinstance(value, _Bytes):
+        return _to_tensor(value)
+    return value.kind(**{name: _unpack(part) for name, part in value.values.items()}) if isinstance(value, _Parcel) else value
 
 
 def _to_bytes(tensor: Tensor) -> _Bytes:

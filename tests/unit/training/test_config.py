@@ -6,18 +6,18 @@ import pytest
 
 from llavakit.config import build_run_config, run_config_to_dict
 from llavakit.errors import ConfigError
-from llavakit.training.config import DataConfig, OptimConfig, SaveConfig, TrainConfig
+from llavakit.training.config import DataConfig, LoopConfig, OptimConfig, SaveConfig
 
 
 def test_a_config_survives_the_round_trip_through_json_values() -> None:
-    config = TrainConfig(steps=3, optim=OptimConfig(lr=0.1, clip_norm=1.0), trainable=("a.*",), save=SaveConfig(keep_last=3))
-    assert build_run_config(TrainConfig, run_config_to_dict(config)) == config
+    config = LoopConfig(steps=3, optim=OptimConfig(lr=0.1, clip_norm=1.0), trainable=("a.*",), save=SaveConfig(keep_last=3))
+    assert build_run_config(LoopConfig, run_config_to_dict(config)) == config
 
 
 def test_identity_leaves_out_what_changes_no_bit() -> None:
-    config = TrainConfig(steps=3, optim=OptimConfig(lr=0.1))
-    same = TrainConfig(steps=3, optim=OptimConfig(lr=0.1), workers=5, save=SaveConfig(every_s=1), log_every_s=1)
-    other = TrainConfig(steps=3, optim=OptimConfig(lr=0.2))
+    config = LoopConfig(steps=3, optim=OptimConfig(lr=0.1))
+    same = LoopConfig(steps=3, optim=OptimConfig(lr=0.1), workers=5, save=SaveConfig(every_s=1), log_every_s=1)
+    other = LoopConfig(steps=3, optim=OptimConfig(lr=0.2))
     assert config.identity() == same.identity()
     assert config.identity() != other.identity()
 
@@ -34,9 +34,9 @@ def test_identity_leaves_out_what_changes_no_bit() -> None:
         (SaveConfig, {"every_s": -1.0}, "save.every_s"),
         (DataConfig, {"tokens_per_batch": 100}, "data.max_sample_tokens"),
         (DataConfig, {"window": 0}, "data.window"),
-        (TrainConfig, {"steps": 0, "optim": {"lr": 0.1}}, "steps"),
-        (TrainConfig, {"steps": 1, "optim": {"lr": 0.1}, "trainable": []}, "trainable"),
-        (TrainConfig, {"steps": 1, "optim": {"lr": 0.1}, "colour": 1}, "colour"),
+        (LoopConfig, {"steps": 0, "optim": {"lr": 0.1}}, "steps"),
+        (LoopConfig, {"steps": 1, "optim": {"lr": 0.1}, "trainable": []}, "trainable"),
+        (LoopConfig, {"steps": 1, "optim": {"lr": 0.1}, "colour": 1}, "colour"),
     ],
 )
 def test_bad_values_are_named(cls: type[Any], values: dict[str, Any], name: str) -> None:

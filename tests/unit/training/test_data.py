@@ -30,8 +30,8 @@ def test_a_bug_keeps_its_type_and_notes_its_sample() -> None:
 
 
 def test_digest_depends_on_every_tensor_and_nothing_else() -> None:
-    batch = toy_source().batch(3)
-    assert batch_digest(batch) == batch_digest(toy_source().batch(3))
-    assert batch_digest(batch) != batch_digest(toy_source().batch(4))
+    batch = toy_source().batch(3).batch
+    assert batch_digest(batch) == batch_digest(toy_source().batch(3).batch)
+    assert batch_digest(batch) != batch_digest(toy_source().batch(4).batch)
     assert batch_digest(batch) != batch_digest(dataclasses.replace(batch, pixels_N3SS=torch.zeros(1, 3, 2, 2)))
     assert batch_digest(batch) != batch_digest(dataclasses.replace(batch, labels_T=batch.labels_T.flip(0)))

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from llavakit.training.config import OptimConfig
+from llavakit.errors import ConfigError
+from llavakit.training.adam import HalfStateAdamW, rounded_by_chance
+from llavakit.training.config import GroupConfig, OptimConfig
 from llavakit.training.muon import Muon, orthogonalize
-from llavakit.training.optim import build_optimizers, clip_gradients, lr_scale, set_lr
+from llavakit.training.optim import build_optimizers, clip_gradients, lr_scale, plan_groups, set_lr
 from tests.toy_run import toy_core
 
 
@@ -72,7 +74,55 @@ def test_schedules_at_their_corners() -> None:
 def test_the_rate_reaches_all_groups() -> None:
     optimizers = build_optimizers(dict(toy_core().named_parameters()), OptimConfig(lr=0.1, name="muon"))
     set_lr(optimizers, 0.25)
-    assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.25}
+    assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.025}
+
+
+def test_groups_have_rates_and_decays_of_their_own() -> None:
+    parameters = dict(toy_core().named_parameters())
+    config = OptimConfig(
+        lr=0.1, weight_decay=0.3, groups=(GroupConfig(pattern="*mlp*", lr=0.02), GroupConfig(pattern="lm_head*", lr=0.5, weight_decay=0.0))
+    )
+    planned = plan_groups(parameters, config)
+    assert sorted(name for group in planned for name in group.names) == sorted(parameters)
+    by_name = {name: (group.lr, group.weight_decay) for group in planned for name in group.names}
+    assert by_name["model.layers.0.mlp.up_proj.weight"] == (0.02, 0.3)
+    assert by_name["lm_head.weight"] == (0.5, 0.0)
+    assert by_name["model.norm.weight"] == (0.1, 0.0)
+    optimizers = build_optimizers(parameters, config)
+    set_lr(optimizers, 0.5)
+    assert {group["lr"] for group in optimizers[0].param_groups} == {0.01, 0.05, 0.25}
+
+
+def test_a_group_that_nothing_is_left_for_is_named() -> None:
+    config = OptimConfig(lr=0.1, groups=(GroupConfig(pattern="*", lr=0.2), GroupConfig(pattern="lm_head*", lr=0.5)))
+    with pytest.raises(ConfigError, match=r"lm_head\*"):
+        plan_groups(dict(toy_core().named_parameters()), config)
+
+
+def test_states_in_bfloat16_follow_torchs_adamw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(64, 32, generator=generator)
+    ours, theirs = Parameter(start.clone()), Parameter(start.clone())
+    half = HalfStateAdamW([ours], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    oracle = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    for _ in range(200):
+        grad = theirs.detach() + torch.randn(64, 32, generator=generator)
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        half.step()
+        oracle.step()
+    assert {value.dtype for name, value in half.state[ours].items() if name != "step"} == {torch.bfloat16}
+    # The second moment moves by a thousandth a step, which rounding to the nearest would lose: it is followed to a hundredth.
+    theirs_sq, ours_sq = oracle.state[theirs]["exp_avg_sq"], half.state[ours]["exp_avg_sq"].float()
+    assert ((ours_sq - theirs_sq).mean() / theirs_sq.mean()).abs() < 0.01
+    assert (ours - theirs).norm() / (start - theirs).norm() < 0.02
+
+
+def test_rounding_by_chance_keeps_the_mean_and_is_the_same_again() -> None:
+    values = torch.full((100_000,), 1.001)
+    rounded = rounded_by_chance(values, torch.Generator().manual_seed(1))
+    assert set(rounded.tolist()) == {1.0, 1.0078125}
+    assert abs(float(rounded.double().mean()) - 1.001) < 1e-4
+    assert torch.equal(rounded, rounded_by_chance(values, torch.Generator().manual_seed(1)))
 
 
 def test_clipping_returns_the_norm_from_before() -> None:

@@ -1,17 +1,18 @@
 """Packing: labels, boundaries, how full the packs are, and that packed equals separate."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
 
-from llavakit.errors import DataError
+from llavakit.errors import DataError, ImageError
 from llavakit.geometry import ImageGrid
 from llavakit.model.llava import PackedBatch
 from llavakit.ops.loss import IGNORE
 from llavakit.training.config import DataConfig
 from llavakit.training.data import Sample
-from llavakit.training.packing import BestFitSource, PackedSource, best_fit, pack
+from llavakit.training.packing import BestFitSource, PackedSource, Part, best_fit, pack
 from tests.toy_run import NO_TILES, Repeats, toy_core
 
 X = IGNORE
@@ -72,7 +73,7 @@ def test_packed_loss_and_gradients_equal_separate_ones() -> None:
 
 
 def test_fixed_packs_follow_the_index() -> None:
-    batch = PackedSource(Lengths([3, 4, 5, 6]), 2).batch(1)
+    batch = PackedSource(Lengths([3, 4, 5, 6]), 2).batch(1).batch
     assert batch.ids_T.tolist() == [4] * 5 + [5] * 6 + [0] * 245
 
 
@@ -95,23 +96,65 @@ def test_best_fit_names_a_sample_beyond_the_budget() -> None:
         best_fit([3, 9], 8)
 
 
-def test_an_epoch_holds_each_usable_sample_once_and_long_ones_are_counted() -> None:
-    lengths = [*mixed_lengths(300), 3000]
-    source = BestFitSource(Lengths(lengths), lengths, DataConfig(tokens_per_batch=4096, window=100))
-    assert source.num_left_out == 1
-    assert sorted(index for chosen in source.packs(0) for index in chosen) == list(range(300))
+def one_part(lengths: list[int], config: DataConfig) -> BestFitSource:
+    return BestFitSource([Part("one", Lengths(lengths), lengths)], config)
+
+
+def test_an_epoch_holds_each_usable_sample_once() -> None:
+    lengths = [*mixed_lengths(300), 3000, 0]
+    source = one_part(lengths, DataConfig(tokens_per_batch=4096, window=100))
+    assert source.num_usable == 300
+    assert sorted(index for chosen in source.packs(0) for _, index in chosen) == list(range(300))
     assert source.packs(1) != source.packs(0)
+    assert source.fullness(0) > 0.95
+
+
+def test_a_part_without_any_usable_sample_is_named() -> None:
+    with pytest.raises(DataError, match=r"one: no sample can train with at most 2048 tokens"):
+        one_part([0, 5000], DataConfig())
+
+
+def test_weights_say_how_often_an_epoch_goes_through_a_part() -> None:
+    lengths = [10] * 40
+    parts = [Part("half", Lengths(lengths), lengths, 0.5), Part("twice", Lengths(lengths[:7]), lengths[:7], 2.0)]
+    source = BestFitSource(parts, DataConfig(tokens_per_batch=100, max_sample_tokens=50))
+    halves = []
+    for epoch in range(4):
+        drawn = [pair for chosen in source.packs(epoch) for pair in chosen]
+        assert Counter(index for part, index in drawn if part == 1) == dict.fromkeys(range(7), 2)
+        halves.append({index for part, index in drawn if part == 0})
+    assert [len(half) for half in halves] == [20] * 4
+    # Nothing comes again before everything has come.
+    assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(40))
+    assert halves[0] != halves[2]
+
+
+def test_a_sample_that_cannot_be_built_is_left_out_with_the_reason() -> None:
+    class Torn(Lengths):
+        def sample(self, index: int) -> Sample:
+            if index % 2:
+                raise ImageError("the picture is torn")
+            return super().sample(index)
+
+    source = BestFitSource([Part("torn", Torn([5] * 4), [5] * 4)], DataConfig(tokens_per_batch=64, max_sample_tokens=32))
+    drawn = source.batch(0)
+    assert (drawn.num_samples, drawn.num_tokens) == (2, 10)
+    assert sorted(drawn.left_out) == [f"torn: sample {index}: the picture is torn" for index in (1, 3)]
+    assert sorted(set(drawn.batch.ids_T.tolist())) == [0, 2, 4]
+    alone = BestFitSource([Part("torn", Torn([5] * 2), [0, 5])], DataConfig(tokens_per_batch=64, max_sample_tokens=32)).batch(0)
+    assert alone.num_samples == 0
+    assert int((alone.batch.labels_T != IGNORE).sum()) == 0
 
 
 def test_a_batch_depends_on_its_number_alone() -> None:
     lengths = mixed_lengths(60)
     config = DataConfig(tokens_per_batch=4096, window=30, seed=3)
-    source = BestFitSource(Lengths(lengths), lengths, config)
-    forward = [source.batch(number) for number in range(2 * source.num_batches(0))]
-    fresh = BestFitSource(Lengths(lengths), lengths, config)
-    backward = [fresh.batch(number) for number in reversed(range(len(forward)))][::-1]
+    source = one_part(lengths, config)
+    forward = [source.batch(number).batch for number in range(2 * source.num_batches(0))]
+    fresh = one_part(lengths, config)
+    backward = [fresh.batch(number).batch for number in reversed(range(len(forward)))][::-1]
     assert all(_equal(ours, theirs) for ours, theirs in zip(forward, backward, strict=True))
-    assert all(batch.ids_T.numel() == 4096 for batch in forward)
+    assert all(batch.ids_T.numel() % 256 == 0 for batch in forward)
 
 
 def _equal(ours: PackedBatch, theirs: PackedBatch) -> bool:

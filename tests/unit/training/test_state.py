@@ -28,7 +28,7 @@ def trained_state(*, step: int) -> RunState:
     parameters = dict(core.named_parameters())
     state = RunState(parameters, build_optimizers(parameters, OptimConfig(lr=0.1, name="muon")))
     for number in range(step):
-        core.loss_packed(toy_source().batch(number)).sum.backward()
+        core.loss_packed(toy_source().batch(number).batch).sum.backward()
         for optimizer in state.optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -13,7 +13,7 @@ import torch
 
 from llavakit.errors import ConfigError, TrainingError
 from llavakit.model.llava import LossTerms
-from llavakit.training.config import OptimConfig, SaveConfig, TrainConfig
+from llavakit.training.config import LoopConfig, OptimConfig, SaveConfig
 from llavakit.training.objectives import PackedLoss
 from llavakit.training.trainer import Trainer, train
 from tests.toy_run import Kept, toy_config, toy_core, toy_source, toy_trainer
@@ -31,7 +31,7 @@ class Hooked:
         return self.hook(self.num_calls - 1, terms)
 
 
-def run_hooked(run_dir: Path, config: TrainConfig, hook: Callable[[int, LossTerms], LossTerms]) -> tuple[Trainer, Kept]:
+def run_hooked(run_dir: Path, config: LoopConfig, hook: Callable[[int, LossTerms], LossTerms]) -> tuple[Trainer, Kept]:
     reporter = Kept()
     return Trainer(toy_core(), Hooked(hook), toy_source(), config, reporter, run_dir), reporter
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llavakit.errors import DataError, LlavaError, TrainingError
+from llavakit.training.data import Drawn
 from llavakit.training.workers import BatchLoader
 
 
@@ -28,19 +29,20 @@ class Numbers:
     def __init__(self, *, failing: int = -1, error: Exception | None = None, log: Path | None = None) -> None:
         self.failing, self.error, self.log = failing, error, log
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> Drawn:
         if self.log is not None:
             with self.log.open("a") as file:
                 file.write(f"{number}\n")
         if number == self.failing and self.error is not None:
             raise self.error
-        return Batch(number, os.getpid(), torch.get_num_threads(), torch.full((2, 2), number, dtype=torch.bfloat16))
+        batch = Batch(number, os.getpid(), torch.get_num_threads(), torch.full((2, 2), number, dtype=torch.bfloat16))
+        return Drawn(batch, 1, 4, ("one",))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_order_does_not_depend_on_workers(workers: int) -> None:
     with BatchLoader(Numbers(), first=5, stop=17, workers=workers) as loader:
-        batches = list(loader)
+        batches = [drawn.batch for drawn in loader]
     assert [batch.number for batch in batches] == list(range(5, 17))
     assert all(torch.equal(batch.pixels, torch.full((2, 2), batch.number, dtype=torch.bfloat16)) for batch in batches)
 
@@ -48,7 +50,7 @@ def test_order_does_not_depend_on_workers(workers: int) -> None:
 def test_workers_use_one_thread_each_and_no_random_numbers_of_the_parent() -> None:
     before = torch.get_rng_state()
     with BatchLoader(Numbers(), first=0, stop=4, workers=2) as loader:
-        batches = list(loader)
+        batches = [drawn.batch for drawn in loader]
     assert {batch.num_threads for batch in batches} == {1}
     assert len({batch.pid for batch in batches} - {os.getpid()}) == 2
     assert torch.equal(torch.get_rng_state(), before)
@@ -57,7 +59,7 @@ def test_workers_use_one_thread_each_and_no_random_numbers_of_the_parent() -> No
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_data_surfaces_at_its_batch(workers: int) -> None:
     with BatchLoader(Numbers(failing=3, error=DataError("sample 9: torn")), first=0, stop=9, workers=workers) as loader:
-        assert [next(loader).number for _ in range(3)] == [0, 1, 2]
+        assert [next(loader).batch.number for _ in range(3)] == [0, 1, 2]
         with pytest.raises(LlavaError, match="sample 9: torn"):
             next(loader)
 
@@ -72,14 +74,14 @@ def test_a_bug_surfaces_and_leaves_its_traceback(capfd: pytest.CaptureFixture[st
 
 def test_a_killed_worker_is_an_error_at_once() -> None:
     with BatchLoader(Numbers(), first=0, stop=100_000, workers=1) as loader:
-        os.kill(next(loader).pid, signal.SIGKILL)
+        os.kill(next(loader).batch.pid, signal.SIGKILL)
         with pytest.raises(TrainingError, match="was killed \\(SIGKILL\\)"):
             list(loader)
 
 
 def test_signals_to_the_process_group_leave_workers_alone() -> None:
     with BatchLoader(Numbers(), first=0, stop=100, workers=1) as loader:
-        pid = next(loader).pid
+        pid = next(loader).batch.pid
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)
         assert len(list(loader)) == 99
@@ -100,7 +102,7 @@ def test_no_worker_outlives_a_killed_parent() -> None:
     child = os.fork()
     if child == 0:
         with BatchLoader(Numbers(), first=0, stop=10**9, workers=2) as loader:
-            os.write(theirs, " ".join(str(next(loader).pid) for _ in range(2)).encode())
+            os.write(theirs, " ".join(str(next(loader).batch.pid) for _ in range(2)).encode())
             time.sleep(60)
         os._exit(1)
     workers = [int(pid) for pid in os.read(ours, 100).split()]

@@ -1,0 +1,202 @@
+"""What is known of every row before the first step: its tokens, what is learned of it, its tiles, and what is wrong with it.
+
+Owns: SampleIndex and building it: by several processes, in chunks that are kept, so that an interrupted build goes on where it was.
+Invariant: an index is a pure function of what its key is made of; one with another key is built anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llavakit.errors import TrainingError
+from llavakit.logs import logger
+from llavakit.storage.documents import read_json, write_json
+from llavakit.storage.folder import atomic_folder, manifest_problems
+from llavakit.storage.tensors import TensorFolder, write_tensors
+
+__all__ = ["Measurable", "Measured", "Problem", "SampleIndex", "build_index", "index_key"]
+
+_LOG = logger("training")
+_CHUNK_ROWS = 2048
+_KEY_FILE, _PROBLEMS_FILE = "key.json", "problems.jsonl"
+_COLUMNS = ("num_tokens", "num_supervised", "num_tiles")
+_LOG_EVERY_S = 10.0
+_NO_SPLIT = 1 << 62
+
+
+class Problem(Protocol):
+    """Something wrong with a row."""
+
+    @property
+    def kind(self) -> str:
+        """Its short name."""
+
+    @property
+    def message(self) -> str:
+        """One sentence."""
+
+    @property
+    def is_fatal(self) -> bool:
+        """Whether the row cannot train."""
+
+
+class Measured(Protocol):
+    """What a row will become."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions, pictures included."""
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions that are learned."""
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles that the tower sees."""
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """Everything wrong with it."""
+
+
+class Measurable(Protocol):
+    """Rows that can be measured without decoding a picture."""
+
+    def __len__(self) -> int: ...
+
+    def measure(self, index: int) -> Measured:
+        """Measure one row; whatever is wrong with it is among the problems."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SampleIndex:
+    """The rows of a source, measured."""
+
+    num_tokens: Tensor
+    """int32 by row; 0 for one that cannot train."""
+    num_supervised: Tensor
+    num_tiles: Tensor
+    counts: dict[str, int]
+    """Rows by kind of problem."""
+    num_fatal: int
+    """Rows that cannot train."""
+
+    def __len__(self) -> int:
+        return self.num_tokens.numel()
+
+
+def index_key(values: Any) -> str:
+    """Digest what an index depends on, as JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def build_index(source: Measurable, folder: Path, *, key: str, workers: int = 1) -> SampleIndex:
+    """Return the index of a source from folder, where it is made first if it is not there or its key is another."""
+    if not _is_current(folder, key):
+        parts = folder.with_name(f".{folder.name}-{key[:16]}")
+        parts.mkdir(parents=True, exist_ok=True)
+        _measure_all(source, parts, workers)
+        with atomic_folder(folder, overwrite=True) as new:
+            _join(parts, len(source), new, key)
+        shutil.rmtree(parts)
+    return _load(folder)
+
+
+def _is_current(folder: Path, key: str) -> bool:
+    if not folder.is_dir() or manifest_problems(folder, check_hashes=True):
+        return False
+    return bool(read_json(folder / _KEY_FILE).get("key") == key)
+
+
+def _measure_all(source: Measurable, parts: Path, workers: int) -> None:
+    """Measure every chunk that is not there yet. Raises: TrainingError when a process was killed."""
+    chunks = [number for number in range(-(-len(source) // _CHUNK_ROWS)) if not (parts / f"{number}.json").is_file()]
+    if workers <= 1 or len(chunks) <= 1:
+        _measure_chunks(source, parts, chunks, log_every_s=_LOG_EVERY_S)
+        return
+    context = multiprocessing.get_context("fork")
+    shares = [chunks[first::workers] for first in range(min(workers, len(chunks)))]
+    processes = [context.Process(target=_measure_there, args=(source, parts, share, place == 0)) for place, share in enumerate(shares)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.kill()  # after an interruption; a chunk appears whole or not at all
+            process.join()
+    if any(process.exitcode != 0 for process in processes):
+        raise TrainingError("a process that measured rows failed or was killed (out of memory?); run the same command again to go on")
+
+
+def _measure_there(source: Measurable, parts: Path, chunks: Sequence[int], tells: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
+    torch.set_num_threads(1)
+    _measure_chunks(source, parts, chunks, log_every_s=_LOG_EVERY_S if tells else math.inf)
+
+
+def _measure_chunks(source: Measurable, parts: Path, chunks: Sequence[int], *, log_every_s: float) -> None:
+    began = shown = time.monotonic()
+    for done, number in enumerate(chunks, 1):
+        _measure_chunk(source, parts, number)
+        if (now := time.monotonic()) - shown >= log_every_s:
+            shown = now
+            left_s = (len(chunks) - done) * (now - began) / done
+            _LOG.info("measuring rows: %.0f %%, %.0f s left", 100 * done / len(chunks), left_s)
+
+
+def _measure_chunk(source: Measurable, parts: Path, number: int) -> None:
+    first = number * _CHUNK_ROWS
+    rows, problems = [], []
+    for index in range(first, min(first + _CHUNK_ROWS, len(source))):
+        measured = source.measure(index)
+        is_usable = not any(problem.is_fatal for problem in measured.problems)
+        rows.append([measured.num_tokens if is_usable else 0, measured.num_supervised, measured.num_tiles])
+        problems += [[index, problem.kind, problem.message, problem.is_fatal] for problem in measured.problems]
+    unfinished = parts / f"{number}.part"
+    unfinished.write_text(json.dumps({"rows": rows, "problems": problems}), encoding="utf-8")
+    unfinished.replace(parts / f"{number}.json")
+
+
+def _join(parts: Path, num_rows: int, folder: Path, key: str) -> None:
+    """Write the chunks as one index."""
+    rows: list[list[int]] = []
+    counts: Counter[str] = Counter()
+    fatal: set[int] = set()
+    with (folder / _PROBLEMS_FILE).open("w", encoding="utf-8") as file:
+        for number in range(-(-num_rows // _CHUNK_ROWS)):
+            chunk = json.loads((parts / f"{number}.json").read_text("utf-8"))
+            rows += chunk["rows"]
+            counts.update(kind for _, kind in {(index, kind) for index, kind, _, _ in chunk["problems"]})
+            for index, kind, message, is_fatal in chunk["problems"]:
+                file.write(json.dumps({"row": index, "kind": kind, "message": message, "is_fatal": is_fatal}) + "\n")
+                if is_fatal:
+                    fatal.add(index)
+    table = torch.tensor(rows, dtype=torch.int32).view(-1, len(_COLUMNS))
+    columns = {name: table[:, place].contiguous() for place, name in enumerate(_COLUMNS)}
+    write_tensors(folder, {name: (torch.int32, (len(rows),)) for name in columns}, iter(columns.items()), max_shard_bytes=_NO_SPLIT)
+    write_json(folder / _KEY_FILE, {"key": key, "counts": dict(sorted(counts.items())), "num_fatal": len(fatal)})
+
+
+def _load(folder: Path) -> SampleIndex:
+    values = read_json(folder / _KEY_FILE)
+    with TensorFolder(folder) as tensors:
+        columns = {name: tensors.read(name) for name in _COLUMNS}
+    return SampleIndex(**columns, counts=values["counts"], num_fatal=values["num_fatal"])
