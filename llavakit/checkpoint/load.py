@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from llavakit.checkpoint.parts import Part, Sources, is_adapter, kind_of_folder,
 from llavakit.checkpoint.rules import plan_load
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.geometry import num_image_tokens
+from llavakit.logs import logger
 from llavakit.model.config import DECODERS, LlamaConfig
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
@@ -43,6 +45,7 @@ from llavakit.storage.tensors import DTYPES, SAFETENSORS, TensorSource
 __all__ = [
     "build_core",
     "check_finite",
+    "choose_preprocessing",
     "load_config",
     "load_core",
     "load_jinja",
@@ -56,6 +59,7 @@ __all__ = [
 ]
 
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+_LOG = logger("checkpoint")
 
 
 def load_config(folder: Path, sources: Sources = Sources()) -> LlamaConfig | LlavaConfig:
@@ -146,6 +150,23 @@ def load_processor(
     if isinstance(config, LlavaConfig) and isinstance(processor, LlavaProcessor):
         _check_pictures(folder, config, processor)
     return processor
+
+
+def choose_preprocessing(
+    processor: LlavaProcessor | TextProcessor, preprocess: Literal["auto", "crop", "pad"]
+) -> LlavaProcessor | TextProcessor:
+    """Return the processor with the preprocessing asked for, or say where the files' own differs from training. Raises: ConfigError."""
+    if isinstance(processor, TextProcessor):
+        if preprocess != "auto":
+            raise ConfigError("this model is a language model without a vision tower; leave preprocess out")
+        return processor
+    if preprocess == "auto":
+        if (note := processor.preprocessing_note) is not None:
+            _LOG.warning("%s; preprocess=pad does as in training", note)
+        return processor
+    if processor.image_processor.aspect not in ("crop", "pad"):
+        raise ConfigError(f"preprocess {preprocess!r} does not fit a model whose pictures are {processor.image_processor.aspect}")
+    return replace(processor, image_processor=replace(processor.image_processor, aspect=preprocess))
 
 
 def _check_pictures(folder: Path, config: LlavaConfig, processor: LlavaProcessor) -> None:

@@ -18,7 +18,7 @@ from typing import Literal, Self, overload
 import torch
 
 from llavakit.checkpoint.generation import load_generation
-from llavakit.checkpoint.load import load_config, load_core, load_processor
+from llavakit.checkpoint.load import choose_preprocessing, load_config, load_core, load_processor
 from llavakit.checkpoint.parts import Sources
 from llavakit.checkpoint.placement import choose_device, choose_dtype
 from llavakit.engine.engine import FEATURE_BYTES, Engine, EngineSettings
@@ -94,7 +94,7 @@ class LLM:
         folder = resolve_model(model, revision=revision, allow_pickle=allow_pickle)
         sources = Sources(base=base, vision_tower=vision_tower, allow_pickle=allow_pickle)
         config = load_config(folder, sources)
-        processor = _chosen(load_processor(folder, config, named, sources), preprocess)
+        processor = choose_preprocessing(load_processor(folder, config, named, sources), preprocess)
         loading_device = chosen_device if quantize == "none" else torch.device("cpu")
         core = load_core(folder, config, dtype=chosen_dtype, device=loading_device, sources=sources)
         core = _ready(core, quantize, chosen_device, is_dtype_chosen=chosen_dtype is not None)
@@ -425,18 +425,3 @@ def _ready(core: LlamaCore | LlavaCore, quantize: str, device: torch.device, *, 
             kind = dtype if quantize == "none" else quantize
             _LOG.warning("%s products are slow on this CPU, and what is asked together may change an answer's last bits", kind)
     return core
-
-
-def _chosen(processor: Processor, preprocess: Literal["auto", "crop", "pad"]) -> Processor:
-    """Return the processor with the preprocessing asked for, or say where the files' own differs from training."""
-    if isinstance(processor, TextProcessor):
-        if preprocess != "auto":
-            raise ConfigError("this model is a language model without a vision tower; leave preprocess out")
-        return processor
-    if preprocess == "auto":
-        if (note := processor.preprocessing_note) is not None:
-            _LOG.warning("%s; preprocess=pad does as in training", note)
-        return processor
-    if processor.image_processor.aspect not in ("crop", "pad"):
-        raise ConfigError(f"preprocess {preprocess!r} does not fit a model whose pictures are {processor.image_processor.aspect}")
-    return replace(processor, image_processor=replace(processor.image_processor, aspect=preprocess))

@@ -26,6 +26,8 @@ __all__ = ["Reporter", "RunReporter", "StepRecord", "write_loss_curve"]
 
 _LOG = logger("training")
 _SMOOTH_STEPS = 50
+_UNSHOWN = ("step", "wait_share")
+_ONLY_LOGGED = ("grad_norm", "samples_per_s", "tflops_per_s", "memory_gb")  # a terminal's line is short
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,10 @@ class StepRecord:
     """Tokens of the step; 0 where the objective counts none."""
     num_samples: int
     """Sequences of the step; 0 where the objective counts none."""
+    flops: float
+    """Operations of the step's products; 0 where nobody counts them."""
+    memory_bytes: int
+    """Most memory that was taken so far: of the GPU, else of the process."""
     wait_s: float
     """Seconds spent waiting for batches."""
     step_s: float
@@ -53,6 +59,9 @@ class StepRecord:
         values = {"step": self.step, "loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm, **self.shares}
         if self.num_tokens:
             values |= {"tokens_per_s": self.num_tokens / self.step_s, "samples_per_s": self.num_samples / self.step_s}
+        if self.flops:
+            values["tflops_per_s"] = self.flops / self.step_s / 1e12
+        values["memory_gb"] = self.memory_bytes / 1e9
         values["wait_share"] = self.wait_s / self.step_s
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
@@ -80,8 +89,9 @@ class Reporter(Protocol):
 class RunReporter:
     """Append a line of JSON per step and show progress."""
 
-    def __init__(self, metrics: Path, *, log_every_s: float, is_terminal: bool) -> None:
-        self._path, self._every_s, self._is_terminal = metrics, log_every_s, is_terminal
+    def __init__(self, metrics: Path, *, log_every_s: float, is_terminal: bool, peak_flops: float | None = None) -> None:
+        """Take the operations per second that the device could do, where their share is to be shown."""
+        self._path, self._every_s, self._is_terminal, self._peak = metrics, log_every_s, is_terminal, peak_flops
         self._file: IO[bytes] | None = None
         self._live: _LiveLine | None = None
         self._steps, self._first_step, self._wait_s = 0, 0, 0.0
@@ -100,14 +110,17 @@ class RunReporter:
     def record(self, record: StepRecord) -> None:
         """Write the step's line at once, so that a killed process loses none."""
         assert self._file is not None, "begin comes first"
-        self._file.write(json.dumps(record.to_dict()).encode() + b"\n")
+        values = record.to_dict()
+        if self._peak is not None and record.flops:
+            values["mfu"] = record.flops / record.step_s / self._peak
+        self._file.write(json.dumps(values).encode() + b"\n")
         self._file.flush()
         self._wait_s += record.wait_s
         if self._live is not None:
-            self._live.update(record)
+            self._live.update(values)
         elif (now := time.monotonic()) - self._shown >= self._every_s or record.step + 1 == self._steps:
             self._shown = now
-            self._log(record, now - self._started)
+            self._log(record.step, values, now - self._started)
 
     def sync(self) -> None:
         """Make the metrics durable."""
@@ -121,12 +134,11 @@ class RunReporter:
         if self._live is not None:
             self._live.stop()
 
-    def _log(self, record: StepRecord, spent_s: float) -> None:
-        rate = (record.step + 1 - self._first_step) / spent_s
-        shown = {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm, **record.shares}
+    def _log(self, step: int, values: Mapping[str, float | None], spent_s: float) -> None:
+        rate = (step + 1 - self._first_step) / spent_s
         _LOG.info(
             "step %d/%d  %s  %.2f steps/s  waiting %.0f %%  %.0f s left",
-            record.step + 1, self._steps, _words(shown), rate, 100 * self._wait_s / spent_s, (self._steps - record.step - 1) / rate,
+            step + 1, self._steps, _words(values), rate, 100 * self._wait_s / spent_s, (self._steps - step - 1) / rate,
         )  # fmt: skip
 
 
@@ -137,8 +149,9 @@ class _LiveLine:
         self._task: TaskID = self._progress.add_task("", total=steps, completed=first_step)
         self._progress.start()
 
-    def update(self, record: StepRecord) -> None:
-        self._progress.update(self._task, advance=1, description=_words({"loss": record.loss, "lr": record.lr, **record.shares}))
+    def update(self, values: Mapping[str, float | None]) -> None:
+        shown = {name: value for name, value in values.items() if name not in _ONLY_LOGGED}
+        self._progress.update(self._task, advance=1, description=_words(shown))
 
     def stop(self) -> None:
         self._progress.stop()
@@ -154,8 +167,9 @@ def write_loss_curve(metrics: Path, picture: Path) -> None:
     picture.write_bytes(line_plot([Series("loss", tuple(points))], title="Training loss", x_label="step", y_label="loss"))
 
 
-def _words(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+def _words(values: Mapping[str, float | None]) -> str:
+    """Write a line's values in few digits; the step stands elsewhere."""
+    return "  ".join(f"{name} {math.nan if value is None else value:.4g}" for name, value in values.items() if name not in _UNSHOWN)
 
 
 def _offset_of_step(metrics: Path, step: int) -> int:

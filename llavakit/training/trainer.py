@@ -9,12 +9,13 @@ moment the same command continues with bit-identical losses; every run leaves it
 from __future__ import annotations
 
 import math
+import resource
 import signal
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +76,22 @@ class Trainer:
     """Train a model in place; everything that is not the order of a step is done by the objects it is given."""
 
     def __init__(
-        self, model: nn.Module, objective: Objective, source: BatchSource, config: LoopConfig, reporter: Reporter, run_dir: Path
+        self,
+        model: nn.Module,
+        objective: Objective,
+        source: BatchSource,
+        config: LoopConfig,
+        reporter: Reporter,
+        run_dir: Path,
+        *,
+        flops: Callable[[Any], float] | None = None,
     ) -> None:
-        """Freeze what config does not train and build the optimisers. Raises: ConfigError when a pattern matches nothing."""
+        """Freeze what config does not train and build the optimisers; flops counts the operations of a batch.
+
+        Raises: ConfigError when a pattern matches nothing.
+        """
         self.model, self.objective, self.source, self.config, self.reporter = model, objective, source, config, reporter
-        self.run_dir = run_dir
+        self.run_dir, self._flops = run_dir, flops
         self.device = next(model.parameters()).device
         self._last_batch: Any = None
         freeze(model, config.trainable)
@@ -143,7 +155,8 @@ class Trainer:
         self.saves.write(self.state)
 
     def _step(self, batches: Iterator[Any]) -> StepRecord:
-        began, wait_s, total, weight, num_tokens, num_samples = time.monotonic(), 0.0, 0.0, 0, 0, 0
+        began, wait_s, total, flops = time.monotonic(), 0.0, 0.0, 0.0
+        weight = num_tokens = num_samples = 0
         counters: Counter[str] = Counter()
         for _ in range(self.config.microbatches):
             asked = time.monotonic()
@@ -151,6 +164,7 @@ class Trainer:
             wait_s += time.monotonic() - asked
             self._count_samples(drawn)
             num_tokens, num_samples = num_tokens + drawn.num_tokens, num_samples + drawn.num_samples
+            flops += 0.0 if self._flops is None else self._flops(drawn.batch)
             terms = self.objective.loss(self.model, moved(drawn.batch, self.device))
             terms.sum.backward()
             total, weight = total + float(terms.sum.detach()), weight + int(terms.weight)  # waits for the device
@@ -166,6 +180,8 @@ class Trainer:
             shares=_shares(counters),
             num_tokens=num_tokens,
             num_samples=num_samples,
+            flops=flops,
+            memory_bytes=_peak_memory(self.device),
             wait_s=wait_s,
             step_s=time.monotonic() - began,
         )
@@ -210,6 +226,13 @@ class Trainer:
             raise TrainingError(
                 f"loss or gradient was not finite {_MAX_SKIPPED_IN_ROW} times in a row, last at step {state.step}; lower the learning rate"
             )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the most bytes that a GPU gave this process, or that a process on the CPU took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _table(model: nn.Module, parameters: Mapping[str, Parameter], config: LoopConfig) -> str:

@@ -11,7 +11,17 @@ from llavakit.training.reporting import RunReporter, StepRecord, write_loss_curv
 
 def record(step: int, *, loss: float = 1.0, num_tokens: int = 100) -> StepRecord:
     return StepRecord(
-        step=step, loss=loss, lr=0.1, grad_norm=2.0, shares={"right": 0.5}, num_tokens=num_tokens, num_samples=4, wait_s=0.1, step_s=0.5
+        step=step,
+        loss=loss,
+        lr=0.1,
+        grad_norm=2.0,
+        shares={"right": 0.5},
+        num_tokens=num_tokens,
+        num_samples=4,
+        flops=3e12,
+        memory_bytes=2 * 10**9,
+        wait_s=0.1,
+        step_s=0.5,
     )
 
 
@@ -25,10 +35,19 @@ def steps(path: Path) -> list[int]:
 
 def test_a_line_holds_rates_and_shares(tmp_path: Path) -> None:
     assert record(3).to_dict() == {
-        "step": 3, "loss": 1.0, "lr": 0.1, "grad_norm": 2.0, "right": 0.5, "tokens_per_s": 200.0, "samples_per_s": 8.0, "wait_share": 0.2
+        "step": 3, "loss": 1.0, "lr": 0.1, "grad_norm": 2.0, "right": 0.5, "tokens_per_s": 200.0, "samples_per_s": 8.0,
+        "tflops_per_s": 6.0, "memory_gb": 2.0, "wait_share": 0.2,
     }  # fmt: skip
     assert record(3, loss=float("nan")).to_dict()["loss"] is None
     assert "tokens_per_s" not in record(3, num_tokens=0).to_dict()
+
+
+def test_the_share_of_the_peak_is_told_where_the_peak_is_known(tmp_path: Path) -> None:
+    ours = RunReporter(tmp_path / "metrics.jsonl", log_every_s=0.0, is_terminal=False, peak_flops=24e12)
+    ours.begin(0, 1)
+    ours.record(record(0))
+    ours.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mfu"] == 0.25
 
 
 def test_a_resumed_run_forgets_later_steps_and_torn_lines(tmp_path: Path) -> None:
