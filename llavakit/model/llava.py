@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -185,10 +185,23 @@ class LlavaCore(nn.Module):
         """Score the vocabulary for M chosen rows."""
         return self.language_model.logits(h_MD)
 
-    def loss_packed(self, batch: PackedBatch, *, dtype: torch.dtype | None = None) -> LossTerms:
-        """Sum the cross entropy over the batch's supervised positions, pictures included, activations in dtype."""
+    def loss_packed(self, batch: PackedBatch, *, dtype: torch.dtype | None = None, touch: bool = False) -> LossTerms:
+        """Sum the cross entropy over the batch's supervised positions, pictures included, activations in dtype.
+
+        With touch every part gets a gradient, of zeros where the batch has no picture for it, as processes that train together need.
+        """
         features_FD = None if batch.pixels_N3SS is None else self.encode_images(batch.pixels_N3SS, batch.grids, dtype=dtype)
-        return _decoder_loss(self.language_model, self.embed(batch.ids_T, features_FD, dtype=dtype), batch)
+        terms = _decoder_loss(self.language_model, self.embed(batch.ids_T, features_FD, dtype=dtype), batch)
+        return replace(terms, sum=terms.sum + self._nothing(batch, dtype)) if touch else terms
+
+    def _nothing(self, batch: PackedBatch, dtype: torch.dtype | None) -> Tensor:
+        """Return a zero that depends on tower, projector and newline."""
+        side = self.config.vision_config.image_size
+        nothing = batch.ids_T.new_zeros((), dtype=torch.float32)
+        if batch.pixels_N3SS is None:
+            blank_13SS = torch.zeros(1, 3, side, side, device=batch.ids_T.device)
+            nothing = nothing + 0.0 * self.encode_images(blank_13SS, dtype=dtype).sum().float()
+        return nothing if self.image_newline is None else nothing + 0.0 * self.image_newline.sum()
 
 
 def check_config(config: object, wanted: type, owner: str) -> None:

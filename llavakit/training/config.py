@@ -161,6 +161,8 @@ class LoopConfig:
     """Dtype of the activations; trainable parameters are float32."""
     microbatches: int = 1
     """Batches per step, over all processes; the loss is divided by the supervised positions of all of them."""
+    seed: int = 0
+    """Of whatever is drawn in a step (dropout)."""
     workers: int = 1
     """Processes that prepare batches; 0 prepares them in the training process. The batches do not depend on it."""
     max_bad_share: float = 0.0

@@ -7,7 +7,7 @@ whole step, so that the split into microbatches (and later ranks) changes nothin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -22,6 +22,9 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Objective(Protocol):
     """A loss over one microbatch."""
 
+    entries: ClassVar[tuple[str, ...]]
+    """Methods of the model that it calls."""
+
     def loss(self, model: Any, batch: Any) -> LossTerms:
         """Return the differentiable sum, the number of supervised positions, and counters, of which all but the first are shares of it."""
         ...
@@ -33,8 +36,13 @@ class PackedLoss:
 
     compute_dtype: Literal["float32", "bfloat16"]
     """Dtype of the activations."""
+    touches_all: bool = False
+    """Whether every parameter must get a gradient in every batch: for LlavaCore where several processes train."""
+
+    entries: ClassVar[tuple[str, ...]] = ("loss_packed",)
 
     def loss(self, model: Any, batch: Any) -> LossTerms:
         """Call loss_packed once."""
-        terms: LossTerms = model.loss_packed(batch, dtype=COMPUTE_DTYPES[self.compute_dtype])
+        options = {"touch": True} if self.touches_all else {}
+        terms: LossTerms = model.loss_packed(batch, dtype=COMPUTE_DTYPES[self.compute_dtype], **options)
         return terms

@@ -1,8 +1,9 @@
-"""Everything a run needs to go on after a kill, in safetensors and JSON.
+"""Everything a run needs to go on after a kill, in safetensors and JSON; of several processes, in torch's distributed format and JSON.
 
 Owns: RunState and its saves: writing them whole, finding the newest good one, removing old ones; the lock of a run folder.
-State: trainable parameters, optimiser states, the step (which is also schedule and data position), counters, the generators
-of torch, numpy and Python. A save also holds the run's identity (settings, names and shapes) and a digest of the last batch.
+State: trainable parameters, optimiser states, the step (which is also schedule, data position and seed of what is drawn), counters.
+A save also holds the run's identity (settings, names and shapes) and a digest of the last batch. Any number of processes reads what any
+other number wrote.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import random
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 
 from llavakit.errors import TrainingError, shortened
@@ -26,12 +31,13 @@ from llavakit.logs import logger
 from llavakit.storage.documents import read_json, write_json
 from llavakit.storage.folder import atomic_folder, manifest_problems, remove_unfinished
 from llavakit.storage.tensors import TensorFolder, write_tensors
+from llavakit.training.parallel import Alone, Parallel
 
 __all__ = ["RunState", "Saves", "run_lock"]
 
 _LOG = logger("training")
-_STATE_FILE, _LOCK_FILE = "state.json", "lock"
-_VERSION = 2
+_STATE_FILE, _LOCK_FILE, _DISTRIBUTED = "state.json", "lock", "shards"
+_VERSION = 3
 _NO_SPLIT = 1 << 62
 _MAX_LISTED = 5
 
@@ -57,15 +63,10 @@ class RunState:
             for optimizer in self.optimizers:
                 for key, value in optimizer.state.get(weight, {}).items():
                     named[f"optimizer/{key}/{name}"] = value
-        named["generator/torch"] = torch.get_rng_state()
-        named["generator/numpy"] = torch.from_numpy(_numpy_generator()["state"]["key"].astype(np.int64))
-        named["generator/python"] = torch.tensor(random.getstate()[1])
         return named
 
     def values(self) -> dict[str, Any]:
         """Return what is not a tensor, as JSON."""
-        numpy_state = _numpy_generator()
-        version, _, gauss = random.getstate()
         return {
             "step": self.step,
             "num_skipped": self.num_skipped,
@@ -73,57 +74,105 @@ class RunState:
             "num_samples": self.num_samples,
             "num_left_out": self.num_left_out,
             "batch_digest": self.batch_digest,
-            "numpy": {"pos": numpy_state["state"]["pos"], "has_gauss": numpy_state["has_gauss"], "gauss": numpy_state["gauss"]},
-            "python": {"version": version, "gauss": gauss},
         }
 
-    def restore(self, named: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take the tensors and values of a save of the same run."""
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Take the values of a save of the same run."""
         self.step, self.batch_digest = values["step"], values["batch_digest"]
         self.num_skipped, self.num_skipped_in_row = values["num_skipped"], values["num_skipped_in_row"]
         self.num_samples, self.num_left_out = values["num_samples"], values["num_left_out"]
-        self._restore_tensors(named)
-        torch.set_rng_state(named["generator/torch"])
-        own = values["numpy"]
-        words = named["generator/numpy"].numpy().astype(np.uint32)
-        np.random.set_state(("MT19937", words, own["pos"], own["has_gauss"], own["gauss"]))
-        random.setstate((values["python"]["version"], tuple(named["generator/python"].tolist()), values["python"]["gauss"]))
 
-    def _restore_tensors(self, named: Mapping[str, Tensor]) -> None:
-        owners = {weight: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for weight in group["params"]}
+    def restore_tensor(self, key: str, value: Tensor) -> None:
+        """Take one whole tensor of a save; every process must, in the same order."""
+        target = self.place(key, value.dtype, value.shape)
         with torch.no_grad():
-            for name, weight in self.parameters.items():
-                weight.copy_(named[f"parameter/{name}"])
-        for key, value in named.items():
-            if key.startswith("optimizer/"):
-                _, entry, name = key.split("/", 2)
-                weight = self.parameters[name]
-                owners[weight].state[weight][entry] = value.to(weight.device)
+            if isinstance(target, DTensor):
+                value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+            target.copy_(value)
+
+    def place(self, key: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        """Return where a tensor of a save belongs; an optimiser's is made where it is not there yet, distributed as its parameter is."""
+        kind, _, name = key.partition("/")
+        if kind == "parameter":
+            return self.parameters[name].detach()
+        entry, _, name = name.partition("/")
+        weight, state = self.parameters[name], self._optimizer_state(name)
+        if entry not in state:
+            state[entry] = torch.zeros_like(weight, dtype=dtype).detach() if shape == weight.shape else torch.zeros(shape, dtype=dtype)
+        return state[entry]  # type: ignore[no-any-return]
+
+    def _optimizer_state(self, name: str) -> dict[str, Any]:
+        weight = self.parameters[name]
+        for optimizer in self.optimizers:
+            if any(weight is one for group in optimizer.param_groups for one in group["params"]):
+                state: dict[str, Any] = optimizer.state[weight]
+                return state
+        raise TrainingError(f"a save holds the optimiser's state of {name}, which no optimiser trains")
 
 
 class Saves:
     """The saves of one run: folders step-N inside its run folder."""
 
-    def __init__(self, run_dir: Path, *, identity: Mapping[str, Any], keep_last: int) -> None:
+    def __init__(self, run_dir: Path, *, identity: Mapping[str, Any], keep_last: int, parallel: Parallel = Alone()) -> None:
         """Take what must be the same for a save to be continued, as JSON values."""
-        self._run_dir, self._keep_last = run_dir, keep_last
+        self._run_dir, self._keep_last, self._parallel = run_dir, keep_last, parallel
         self._identity = json.loads(json.dumps(identity))
 
     def write(self, state: RunState) -> None:
         """Save the state whole, then remove all but the newest saves. Raises: StorageError; earlier saves stay as they are."""
-        tensors = state.tensors()
-        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        with atomic_folder(self._run_dir / f"step-{state.step:08d}", overwrite=True) as folder:
-            write_tensors(folder, specs, iter(tensors.items()), max_shard_bytes=_NO_SPLIT)
-            write_json(folder / _STATE_FILE, {"version": _VERSION, **state.values(), "identity": self._identity})
-        for old in self._newest_first()[self._keep_last :]:
-            shutil.rmtree(old, ignore_errors=True)  # what could not be removed is tried again at the next save
+        destination = self._run_dir / f"step-{state.step:08d}"
+        if self._parallel.size == 1:
+            tensors = state.tensors()
+            specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            with atomic_folder(destination, overwrite=True) as folder:
+                write_tensors(folder, specs, iter(tensors.items()), max_shard_bytes=_NO_SPLIT)
+                self._write_values(folder, state)
+        else:
+            with atomic_folder(destination, overwrite=True) if self._parallel.rank == 0 else contextlib.nullcontext(destination) as own:
+                folder = Path(self._parallel.shared(str(own)))
+                save(dict(state.tensors()), checkpoint_id=folder / _DISTRIBUTED)
+                self._parallel.wait()
+                if self._parallel.rank == 0:
+                    self._write_values(folder, state)
+            self._parallel.wait()
+        if self._parallel.rank == 0:
+            for old in self._newest_first()[self._keep_last :]:
+                shutil.rmtree(old, ignore_errors=True)  # what could not be removed is tried again at the next save
+
+    def _write_values(self, folder: Path, state: RunState) -> None:
+        write_json(folder / _STATE_FILE, {"version": _VERSION, **state.values(), "identity": self._identity})
 
     def restore_newest(self, state: RunState) -> bool:
         """Restore the newest undamaged save and remove damaged ones after it, saying so; False when there are no saves.
 
         Raises: TrainingError when the save belongs to a run with other settings, or all saves are damaged.
         """
+        newest = self._parallel.shared(self._find_newest() if self._parallel.rank == 0 else None)
+        if newest is None:
+            return False
+        folder = Path(newest)
+        values = read_json(folder / _STATE_FILE)
+        self._check(values)
+        state.restore(values)
+        if (folder / _DISTRIBUTED).is_dir():
+            reader = FileSystemReader(folder / _DISTRIBUTED)
+            entries = reader.read_metadata().state_dict_metadata.items()
+            places = {
+                key: state.place(key, entry.properties.dtype, entry.size)
+                for key, entry in entries
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads what several wrote: as meant
+                load(places, storage_reader=reader)
+        else:
+            with TensorFolder(folder) as tensors:
+                for name in tensors.in_file_order():
+                    state.restore_tensor(name, tensors.read(name))
+        return True
+
+    def _find_newest(self) -> str | None:
+        """Return the newest undamaged save, having removed damaged ones after it; None where there are no saves."""
         remove_unfinished(self._run_dir)  # the run lock keeps all others out
         saves = self._newest_first()
         for position, folder in enumerate(saves):
@@ -131,16 +180,12 @@ class Saves:
             if problems:
                 _LOG.warning("save %s is damaged (%s); trying the one before", folder.name, problems[0])
                 continue
-            values = read_json(folder / _STATE_FILE)
-            self._check(values)
-            with TensorFolder(folder) as tensors:
-                state.restore({name: tensors.read(name) for name in tensors.in_file_order()}, values)
             for damaged in saves[:position]:
                 shutil.rmtree(damaged)
-            return True
+            return str(folder)
         if saves:
             raise TrainingError(f"all {len(saves)} saves in {self._run_dir} are damaged; remove the folder to start over")
-        return False
+        return None
 
     def _check(self, values: Mapping[str, Any]) -> None:
         if values.get("version") != _VERSION:
@@ -172,10 +217,6 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         except OSError as error:
             raise TrainingError(f"another process trains in {run_dir}; wait for it, or use another folder") from error
         yield
-
-
-def _numpy_generator() -> dict[str, Any]:
-    return dict(np.random.get_state(legacy=False))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

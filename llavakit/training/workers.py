@@ -53,15 +53,15 @@ class _Bytes:
 
 
 class BatchLoader:
-    """Yield batches first..stop-1 of a source; a context manager, since it owns processes.
+    """Yield the batches of a source that have these numbers; a context manager, since it owns processes.
 
     With workers = 0 the batches are built where they are asked for. Raises, from next(): what the source raises for bad data;
     TrainingError when a worker was killed; RuntimeError when it failed (a bug: its traceback is on stderr).
     """
 
-    def __init__(self, source: BatchSource, *, first: int, stop: int, workers: int) -> None:
-        self._source, self._number, self._first, self._stop = source, first, first, stop
-        self._num_workers = min(workers, stop - first)
+    def __init__(self, source: BatchSource, numbers: Sequence[int], *, workers: int) -> None:
+        self._source, self._numbers, self._place = source, numbers, 0
+        self._num_workers = min(workers, len(numbers))
         self._workers: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -71,7 +71,7 @@ class BatchLoader:
 
     def __enter__(self) -> Self:
         for worker in range(self._num_workers):
-            self._start_worker(range(self._first + worker, self._stop, self._num_workers))
+            self._start_worker(self._numbers[worker :: self._num_workers])
         if self._workers:
             self._reader = threading.Thread(target=self._read, name="batch-reader", daemon=True)
             self._reader.start()
@@ -81,18 +81,18 @@ class BatchLoader:
         return self
 
     def __next__(self) -> Drawn:
-        if self._number == self._stop:
+        if self._place == len(self._numbers):
             raise StopIteration
-        number, self._number = self._number, self._number + 1
+        place, self._place = self._place, self._place + 1
         if not self._workers:
-            return self._source.batch(number)
+            return self._source.batch(self._numbers[place])
         drawn: Drawn | LlavaError | EOFError = self._ready.get()
         self._slots.release()
         match drawn:
             case LlavaError():
                 raise drawn
             case EOFError():
-                raise self._death(number)
+                raise self._death(place)
         return drawn
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -107,7 +107,7 @@ class BatchLoader:
         for pipe in self._pipes:
             pipe.close()
 
-    def _start_worker(self, numbers: range) -> None:
+    def _start_worker(self, numbers: Sequence[int]) -> None:
         context = _context()
         ours, theirs = context.Pipe(duplex=False)
         # A forked worker inherits our ends of the pipes; it closes them, or it would keep the pipes of a dead parent alive.
@@ -120,7 +120,7 @@ class BatchLoader:
 
     def _read(self) -> None:
         """Move batches from the pipes to the queue, in order (runs in a thread)."""
-        for position in range(self._stop - self._first):
+        for position in range(len(self._numbers)):
             self._slots.acquire()
             if self._is_closing.is_set():
                 return
@@ -131,8 +131,8 @@ class BatchLoader:
                 return
             self._ready.put(_unpack(received))
 
-    def _death(self, number: int) -> Exception:
-        worker = self._workers[(number - self._first) % self._num_workers]
+    def _death(self, place: int) -> Exception:
+        worker, number = self._workers[place % self._num_workers], self._numbers[place]
         worker.join()
         code = worker.exitcode
         if code is not None and code < 0:
@@ -140,7 +140,7 @@ class BatchLoader:
         return RuntimeError(f"a data worker failed at batch {number}; its traceback is above")
 
 
-def _work(source: BatchSource, numbers: range, pipe: Connection, inherited: Sequence[Connection]) -> None:
+def _work(source: BatchSource, numbers: Sequence[int], pipe: Connection, inherited: Sequence[Connection]) -> None:
     """Build batches until they are done or nobody takes them (the body of a worker process)."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)

@@ -1,11 +1,9 @@
 """Saves: everything comes back bit by bit, damage falls back, other runs are refused."""
 
-import random
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -58,15 +56,6 @@ def test_a_restored_state_equals_the_saved_one_bit_by_bit(tmp_path: Path) -> Non
     assert set(restored) == set(expected)
     assert all(torch.equal(restored[name], expected[name]) and restored[name].dtype == expected[name].dtype for name in expected)
     assert other.values() == values
-
-
-def test_random_generators_continue_where_they_were(tmp_path: Path) -> None:
-    random.gauss(0, 1)  # keeps a second value back
-    np.random.normal()
-    saves(tmp_path).write(trained_state(step=1))
-    expected = (random.gauss(0, 1), random.random(), np.random.normal(), np.random.random(), torch.rand(()).item())
-    saves(tmp_path).restore_newest(fresh_state())
-    assert (random.gauss(0, 1), random.random(), np.random.normal(), np.random.random(), torch.rand(()).item()) == expected
 
 
 def test_no_saves_is_a_fresh_start(tmp_path: Path) -> None:

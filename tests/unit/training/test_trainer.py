@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from tests.toy_run import Kept, toy_config, toy_core, toy_source, toy_trainer
 
 class Hooked:
     """The usual objective, with something done to each call."""
+
+    entries: ClassVar[tuple[str, ...]] = ("loss_packed",)
 
     def __init__(self, hook: Callable[[int, LossTerms], LossTerms]) -> None:
         self.hook, self.num_calls = hook, 0

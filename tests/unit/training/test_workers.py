@@ -41,7 +41,7 @@ class Numbers:
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_order_does_not_depend_on_workers(workers: int) -> None:
-    with BatchLoader(Numbers(), first=5, stop=17, workers=workers) as loader:
+    with BatchLoader(Numbers(), range(5, 17), workers=workers) as loader:
         batches = [drawn.batch for drawn in loader]
     assert [batch.number for batch in batches] == list(range(5, 17))
     assert all(torch.equal(batch.pixels, torch.full((2, 2), batch.number, dtype=torch.bfloat16)) for batch in batches)
@@ -49,7 +49,7 @@ def test_order_does_not_depend_on_workers(workers: int) -> None:
 
 def test_workers_use_one_thread_each_and_no_random_numbers_of_the_parent() -> None:
     before = torch.get_rng_state()
-    with BatchLoader(Numbers(), first=0, stop=4, workers=2) as loader:
+    with BatchLoader(Numbers(), range(4), workers=2) as loader:
         batches = [drawn.batch for drawn in loader]
     assert {batch.num_threads for batch in batches} == {1}
     assert len({batch.pid for batch in batches} - {os.getpid()}) == 2
@@ -58,14 +58,14 @@ def test_workers_use_one_thread_each_and_no_random_numbers_of_the_parent() -> No
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_data_surfaces_at_its_batch(workers: int) -> None:
-    with BatchLoader(Numbers(failing=3, error=DataError("sample 9: torn")), first=0, stop=9, workers=workers) as loader:
+    with BatchLoader(Numbers(failing=3, error=DataError("sample 9: torn")), range(9), workers=workers) as loader:
         assert [next(loader).batch.number for _ in range(3)] == [0, 1, 2]
         with pytest.raises(LlavaError, match="sample 9: torn"):
             next(loader)
 
 
 def test_a_bug_surfaces_and_leaves_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
-    with BatchLoader(Numbers(failing=1, error=KeyError("gone")), first=0, stop=9, workers=2) as loader:
+    with BatchLoader(Numbers(failing=1, error=KeyError("gone")), range(9), workers=2) as loader:
         next(loader)
         with pytest.raises(RuntimeError, match="failed at batch 1; its traceback is above"):
             next(loader)
@@ -73,14 +73,14 @@ def test_a_bug_surfaces_and_leaves_its_traceback(capfd: pytest.CaptureFixture[st
 
 
 def test_a_killed_worker_is_an_error_at_once() -> None:
-    with BatchLoader(Numbers(), first=0, stop=100_000, workers=1) as loader:
+    with BatchLoader(Numbers(), range(100_000), workers=1) as loader:
         os.kill(next(loader).batch.pid, signal.SIGKILL)
         with pytest.raises(TrainingError, match="was killed \\(SIGKILL\\)"):
             list(loader)
 
 
 def test_signals_to_the_process_group_leave_workers_alone() -> None:
-    with BatchLoader(Numbers(), first=0, stop=100, workers=1) as loader:
+    with BatchLoader(Numbers(), range(100), workers=1) as loader:
         pid = next(loader).batch.pid
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)
@@ -89,7 +89,7 @@ def test_signals_to_the_process_group_leave_workers_alone() -> None:
 
 def test_only_a_few_batches_are_built_ahead(tmp_path: Path) -> None:
     log = tmp_path / "built"
-    with BatchLoader(Numbers(log=log), first=0, stop=100_000, workers=2) as loader:
+    with BatchLoader(Numbers(log=log), range(100_000), workers=2) as loader:
         next(loader)
         time.sleep(0.2)
         num_built = len(log.read_text().splitlines())
@@ -101,7 +101,7 @@ def test_no_worker_outlives_a_killed_parent() -> None:
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
-        with BatchLoader(Numbers(), first=0, stop=10**9, workers=2) as loader:
+        with BatchLoader(Numbers(), range(10**9), workers=2) as loader:
             os.write(theirs, " ".join(str(next(loader).batch.pid) for _ in range(2)).encode())
             time.sleep(60)
         os._exit(1)

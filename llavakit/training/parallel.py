@@ -1,0 +1,130 @@
+"""One process, or many that train one model: FSDP2 over the ranks that torchrun started.
+
+Owns: Alone and Ranks, which answer the same questions: which batches are mine, what do all of us sum up to, who writes.
+Invariants: every rank makes the same calls in the same order; gradients are summed, not averaged, so that the division by the weight of
+the whole step is the only one; a frozen tower is not sharded, so that ranks may see different numbers of pictures, none too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from llavakit.errors import ConfigError
+from llavakit.model.decoder import DecoderLayer
+from llavakit.model.llava import LlavaCore
+
+__all__ = ["Alone", "Parallel", "Ranks", "whole"]
+
+T = TypeVar("T")
+
+
+class Parallel(Protocol):
+    """What a trainer asks of the processes around it."""
+
+    rank: int
+    """Number of this process; 0 writes."""
+    size: int
+    """Processes in all."""
+
+    def shard(self, model: nn.Module, dtype: torch.dtype, entries: Sequence[str]) -> None:
+        """Distribute the model, whose methods named entries are what training calls; activations are in dtype."""
+        ...
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """Add up the ranks' values."""
+        ...
+
+    def shared(self, value: T) -> T:
+        """Return rank 0's value."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        ...
+
+
+class Alone:
+    """The only process."""
+
+    rank, size = 0, 1
+
+    def shard(self, model: nn.Module, dtype: torch.dtype, entries: Sequence[str]) -> None:
+        """Leave the model whole."""
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """Return the values."""
+        return list(values)
+
+    def shared(self, value: T) -> T:
+        """Return the value."""
+        return value
+
+    def wait(self) -> None:
+        """Wait for nobody."""
+
+
+class Ranks:
+    """The processes of torch.distributed's default group, which must have begun."""
+
+    def __init__(self, device: torch.device, *, shard_ranks: int | None = None) -> None:
+        """Shard over shard_ranks neighbours and replicate over the rest; None shards over all. Raises: ConfigError."""
+        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+        if shard_ranks is not None and (shard_ranks < 1 or self.size % shard_ranks):
+            raise ConfigError(f"shard_ranks must divide the {self.size} processes, got {shard_ranks}")
+        self.mesh = _mesh(device.type, self.size, shard_ranks)
+
+    def shard(self, model: nn.Module, dtype: torch.dtype, entries: Sequence[str]) -> None:
+        """Shard layer by layer, the rest with the root; a frozen tower stays whole everywhere."""
+        policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+        for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
+            fully_shard(layer, mesh=self.mesh, mp_policy=policy)
+        kept: set[nn.Parameter] = set()
+        if isinstance(model, LlavaCore):
+            tower = list(model.vision_tower.parameters())
+            if any(weight.requires_grad for weight in tower):
+                fully_shard(model.vision_tower, mesh=self.mesh, mp_policy=policy)
+                register_fsdp_forward_method(model.vision_tower, "features")
+            else:
+                kept = set(tower)
+        fully_shard(model, mesh=self.mesh, mp_policy=policy, ignored_params=kept)
+        for entry in entries:
+            register_fsdp_forward_method(model, entry)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """Add up the ranks' values; waits for all of them."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def shared(self, value: T) -> T:
+        """Send rank 0's value to all."""
+        sent = [value]
+        dist.broadcast_object_list(sent, src=0, device=self.device)
+        return sent[0]
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a tensor that may be distributed; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _mesh(device: str, size: int, shard_ranks: int | None) -> DeviceMesh:
+    if shard_ranks is None or shard_ranks == size:
+        return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (size // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
