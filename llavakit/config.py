@@ -12,7 +12,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
 from llavakit.errors import ConfigError
@@ -26,6 +26,7 @@ __all__ = [
     "integer",
     "number",
     "optional",
+    "override_run_config",
     "run_config_to_dict",
     "setting",
     "text",
@@ -240,6 +241,34 @@ def build_run_config(cls: type[T], values: Mapping[str, Any], *, where: str = ""
 def run_config_to_dict(config: Any) -> dict[str, Any]:
     """Return a run config as plain JSON values; build_run_config reads it back."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def override_run_config(config: T, assignments: Iterable[str]) -> T:
+    """Change fields of a run config, each named by its path: "optim.lr=1e-4". Values are JSON; what is no JSON is text.
+
+    Raises: ConfigError for a field that is not there, or a value that does not fit.
+    """
+    values = run_config_to_dict(config)
+    for assignment in assignments:
+        path, sign, text = assignment.partition("=")
+        if not sign:
+            raise ConfigError(f"a setting is NAME=VALUE, like optim.lr=1e-4, got {assignment!r}")
+        *parents, name = path.strip().split(".")
+        table = values
+        for parent in parents:
+            inner = table.get(parent)
+            if not isinstance(inner, dict):
+                raise ConfigError(f"there is no setting {path!r}: {parent!r} holds no settings")
+            table = inner
+        table[name] = _json_or_text(text.strip())
+    return build_run_config(type(config), values)
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _plain(value: Any) -> Any:

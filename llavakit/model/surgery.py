@@ -1,12 +1,13 @@
 """Changing a built model: fresh weights, which of them train, and what makes it ready to run.
 
-Owns: init_weights, init_projector, freeze, resize_vocabulary, resized_rows, fuse, quantize and adapt; nothing else may touch a model's
-modules.
+Owns: init_weights, init_projector, freeze, resize_vocabulary, resized_rows, recompute_layers, fuse, quantize and adapt; nothing else may
+touch a model's modules.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
@@ -24,7 +26,18 @@ from llavakit.model.projector import MultiModalProjector
 from llavakit.ops.gate import steady_gate
 from llavakit.ops.quantize.weights import KINDS
 
-__all__ = ["TrainableRow", "adapt", "freeze", "fuse", "init_projector", "init_weights", "quantize", "resize_vocabulary", "resized_rows"]
+__all__ = [
+    "TrainableRow",
+    "adapt",
+    "freeze",
+    "fuse",
+    "init_projector",
+    "init_weights",
+    "quantize",
+    "recompute_layers",
+    "resize_vocabulary",
+    "resized_rows",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,13 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[TrainableRow]:
     for name, weight in parameters.items():
         weight.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in trainable))
     return rows
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Let each decoder layer keep its input alone, and be computed again in the backward pass: memory for a third more arithmetic."""
+    for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
+        # The module itself stays in place, so that no parameter's name changes.
+        setattr(layer, "forward", functools.partial(checkpoint, layer.forward, use_reentrant=False))  # noqa: B010 - a method
 
 
 def fuse(model: nn.Module, dtype: torch.dtype) -> bool:

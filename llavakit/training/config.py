@@ -225,6 +225,8 @@ class TrainConfig:
     """How pictures become square; auto is the model's own way."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the activations and of frozen weights; auto is bfloat16 where the device is fast in it."""
+    recompute: Literal["none", "layers"] = "none"
+    """Whether layers are computed again in the backward pass instead of keeping what they computed: less memory, a third more work."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes CUDA where there is one."""
     seed: int = 0
@@ -235,6 +237,10 @@ class TrainConfig:
     """Saving."""
     log_every_s: float = 20.0
     """Seconds between progress lines."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Who else hears of each step; they must be installed."""
+    sample_answers: int = 4
+    """Rows whose questions the trained model answers at the end, into samples.md; 0 asks none."""
 
     def __post_init__(self) -> None:
         if self.samples_per_step < 1 or not self.epochs > 0 or (self.steps is not None and self.steps < 1):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -85,11 +85,13 @@ class Trainer:
         reporter: Reporter,
         run_dir: Path,
         *,
+        identity: Mapping[str, Any] = MappingProxyType({}),
         parallel: Parallel = Alone(),
         flops: Callable[[Any], float] | None = None,
     ) -> None:
-        """Freeze what config does not train, distribute the model and build the optimisers; flops counts the operations of a batch.
+        """Freeze what config does not train, distribute the model and build the optimisers.
 
+        identity is what must be the same, besides config, for the run to go on; flops counts the operations of a batch.
         Of several processes all do the same, and the first one alone reports and owns the run folder.
         Raises: ConfigError when a pattern matches nothing.
         """
@@ -103,8 +105,8 @@ class Trainer:
             _LOG.info("%s", _table(model, parameters, config))
         self.state = RunState(parameters, build_optimizers(parameters, config.optim, dtype=COMPUTE_DTYPES[config.compute_dtype]))
         shapes = {name: tuple(weight.shape) for name, weight in parameters.items()}
-        identity = {**config.identity(), "parameters": shapes}
-        self.saves = Saves(run_dir, identity=identity, keep_last=config.save.keep_last, parallel=parallel)
+        own = {**identity, **config.identity(), "parameters": shapes}
+        self.saves = Saves(run_dir, identity=own, keep_last=config.save.keep_last, parallel=parallel)
 
     def run(self) -> TrainResult:
         """Train to the last step, from the newest save in run_dir when there is one.

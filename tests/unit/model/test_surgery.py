@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from llavakit.errors import ConfigError, InputError
-from llavakit.model.llava import LlamaCore, LlavaCore
-from llavakit.model.surgery import freeze, init_weights
+from llavakit.model.llava import LlamaCore, LlavaCore, PackedBatch
+from llavakit.model.surgery import freeze, init_weights, recompute_layers
 from llavakit.pretrained.causal_lm import LlamaForCausalLM, LlamaModel, LlavaLlamaForCausalLM
 from tests.tiny import NUM_IMAGE_TOKENS, SIDE, VARIANTS, VOCAB, Variant, llama, llama_config, llava, llava_config
 
@@ -184,3 +184,29 @@ def test_models_without_an_image_token_take_pictures_at_the_placeholder_alone() 
     pixels = torch.randn(1, 3, SIDE, SIDE)
     assert model(torch.tensor([[1, -200, 5]]), images=pixels).logits.shape[1] == NUM_IMAGE_TOKENS + 2
     assert model.generate(torch.tensor([[1, -200, 5]]), images=pixels, max_new_tokens=2, eos_token_id=[]).shape[1] == NUM_IMAGE_TOKENS + 4
+
+
+def test_recomputed_layers_have_the_same_bits_and_keep_less() -> None:
+    batch = PackedBatch(torch.arange(1, 65), torch.arange(2, 66), torch.arange(64), torch.tensor([0, 64], dtype=torch.int32))
+    found = []
+    for is_recomputed in (False, True):
+        core = LlamaCore(llama_config())
+        init_weights(core, 0.1, torch.Generator().manual_seed(0))
+        names = [name for name, _ in core.named_parameters()]
+        if is_recomputed:
+            recompute_layers(core)
+        assert [name for name, _ in core.named_parameters()] == names
+        kept: list[int] = []
+
+        def keep(tensor: torch.Tensor, sizes: list[int] = kept) -> torch.Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = core.loss_packed(batch).sum
+        loss.backward()
+        found.append((loss, [weight.grad for weight in core.parameters()], sum(kept)))
+    (plain, grads, bytes_kept), (again, grads_again, bytes_again) = found
+    assert torch.equal(plain, again)
+    assert all(torch.equal(one, other) for one, other in zip(grads, grads_again, strict=True) if one is not None and other is not None)
+    assert bytes_again < bytes_kept / 3
