@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[2]
 _WATCHDOG_S = 120
 
 
-def launch(run_dir: Path, *arguments: str) -> list[float]:
+def launch(run_dir: Path, *arguments: str, restarts: int = 0) -> list[float]:
     """Run the toy on two ranks; returns the losses of this call."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.distributed.toy_ranks"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+    command += ["-m", "tests.distributed.toy_ranks"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(
         [*command, str(run_dir), *arguments], cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
@@ -52,3 +53,10 @@ def test_two_ranks_have_the_losses_of_one_process_and_hand_saves_over(tmp_path: 
 def test_a_trained_tower_is_sharded_too(tmp_path: Path) -> None:
     expected = run(tmp_path / "alone", Alone(), trains_tower=True)
     assert launch(tmp_path / "run", "--trains-tower", "--shard-ranks", "1") == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_rank_that_is_killed_is_started_again_and_the_run_goes_on(tmp_path: Path) -> None:
+    expected = run(tmp_path / "alone", Alone())
+    found = launch(tmp_path / "run", "--die-at", "9", restarts=1)
+    # The ninth step was never finished, so what follows is the losses from there on.
+    assert found == pytest.approx(expected[8:], rel=1e-6)

@@ -1,4 +1,4 @@
-"""A run that one process or torchrun's ranks can do: python -m tests.distributed.toy_ranks RUN_DIR [--stop-at STEP] [--shard-ranks N].
+"""A run that one process or torchrun's ranks can do: python -m tests.distributed.toy_ranks RUN_DIR [--stop-at STEP] [--die-at STEP].
 
 Trains a tiny LLaVA whose batches often hold no picture, three batches a step, and writes the losses of this call to RUN_DIR/losses.json.
 """
@@ -47,19 +47,20 @@ class Mixed:
 
 
 class Stopping:
-    """The usual objective; the first process asks itself to stop after so many calls."""
+    """The usual objective; after so many calls the first process asks itself to stop, or the last one is killed."""
 
     entries: ClassVar[tuple[str, ...]] = ("loss_packed",)
 
-    def __init__(self, parallel: Parallel, stop_after: int | None) -> None:
+    def __init__(self, parallel: Parallel, after: int | None, kind: signal.Signals) -> None:
         self.loss_of = PackedLoss("float32", touches_all=parallel.size > 1)
-        self.is_first, self.left = parallel.rank == 0, stop_after
+        is_struck = parallel.rank == (0 if kind == signal.SIGTERM else parallel.size - 1)
+        self.left, self.kind = after if is_struck else None, kind
 
     def loss(self, model: Any, batch: Any) -> LossTerms:
-        if self.left is not None and self.is_first:
+        if self.left is not None:
             self.left -= 1
             if self.left == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), self.kind)
         return self.loss_of.loss(model, batch)
 
 
@@ -69,7 +70,10 @@ def model() -> LlavaCore:
     return core
 
 
-def run(run_dir: Path, parallel: Parallel, *, stop_at: int | None = None, trains_tower: bool = False) -> list[float]:
+def run(
+    run_dir: Path, parallel: Parallel, *, stop_at: int | None = None, die_at: int | None = None, trains_tower: bool = False
+) -> list[float]:
+    """Train to the end, or until somebody stops or dies in a step; returns the losses of this call. A run that may die saves every step."""
     trainable = ("*",) if trains_tower else ("multi_modal_projector.*", "language_model.*")
     config = LoopConfig(
         steps=STEPS,
@@ -77,11 +81,13 @@ def run(run_dir: Path, parallel: Parallel, *, stop_at: int | None = None, trains
         trainable=trainable,
         microbatches=3,
         workers=0,
-        save=SaveConfig(every_s=1e9),
+        save=SaveConfig(every_s=1e9 if die_at is None else 0.0),
     )
     calls = -(-config.microbatches // parallel.size)
     reporter = Kept()
-    objective = Stopping(parallel, None if stop_at is None else stop_at * calls)
+    kind = signal.SIGTERM if die_at is None else signal.SIGKILL
+    after = stop_at if die_at is None else die_at
+    objective = Stopping(parallel, None if after is None else after * calls, kind)
     trainer = Trainer(model(), objective, PackedSource(Mixed(), 2, multiple_of=1), config, reporter, run_dir, parallel=parallel)
     with contextlib.suppress(TrainingError) if stop_at is not None else contextlib.nullcontext():
         trainer.run()
@@ -92,13 +98,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stop-at", type=int)
+    parser.add_argument("--die-at", type=int)
     parser.add_argument("--shard-ranks", type=int)
     parser.add_argument("--trains-tower", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     parallel = Ranks(torch.device("cpu"), shard_ranks=options.shard_ranks)
-    losses = run(options.run_dir, parallel, stop_at=options.stop_at, trains_tower=options.trains_tower)
+    die_at = options.die_at if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else None
+    losses = run(options.run_dir, parallel, stop_at=options.stop_at, die_at=die_at, trains_tower=options.trains_tower)
     if parallel.rank == 0:
         (options.run_dir / "losses.json").write_text(json.dumps(losses))
     dist.destroy_process_group()
