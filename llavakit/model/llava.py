@@ -8,7 +8,7 @@ Legend: T tokens  D model width  V vocabulary  M chosen rows  F image features  
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -72,6 +72,8 @@ class LlamaCore(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.training_attention: Callable[[Tensor, int | None], Attention] = Packed
+        """Makes the attention context of a packed batch from its bounds and the window."""
         config.mark_built()
 
     @property
@@ -234,7 +236,7 @@ def _check_pixels(pixels: Tensor) -> None:
 
 
 def _decoder_loss(core: LlamaCore, x_TD: Tensor, batch: PackedBatch) -> LossTerms:
-    h_TD = core.forward_packed(x_TD, batch.positions_T, Packed(batch.cu_seqlens, core.config.window))
+    h_TD = core.forward_packed(x_TD, batch.positions_T, core.training_attention(batch.cu_seqlens, core.config.window))
     rows_M = (batch.labels_T != IGNORE).nonzero().squeeze(-1)
     loss, num_right = linear_cross_entropy(h_TD[rows_M], core.lm_head.weight, batch.labels_T[rows_M])
     weight = torch.tensor(rows_M.numel())

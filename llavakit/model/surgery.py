@@ -1,7 +1,7 @@
 """Changing a built model: fresh weights, which of them train, and what makes it ready to run.
 
-Owns: init_weights, init_projector, freeze, resize_vocabulary, resized_rows, recompute_layers, fuse, quantize and adapt; nothing else may
-touch a model's modules.
+Owns: init_weights, init_projector, freeze, resize_vocabulary, resized_rows, what changes how layers train (recompute_layers, attend_by,
+compile_layers), fuse, quantize and adapt; nothing else may touch a model's modules.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import DecoderLayer, RowParallelLinear, SwiGlu, TokenEmbedding
 from llavakit.model.linear import Linear, PackedLinear, QuantizedLinear
+from llavakit.model.llava import LlamaCore
 from llavakit.model.lora import AdaptedLinear, Adapting
 from llavakit.model.projector import MultiModalProjector
+from llavakit.ops.attention import Attention
 from llavakit.ops.gate import steady_gate
 from llavakit.ops.quantize.weights import KINDS
 
 __all__ = [
     "TrainableRow",
     "adapt",
+    "attend_by",
+    "compile_layers",
     "freeze",
     "fuse",
     "init_projector",
@@ -97,6 +101,20 @@ def recompute_layers(model: nn.Module) -> None:
     for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
         # The module itself stays in place, so that no parameter's name changes.
         setattr(layer, "forward", functools.partial(checkpoint, layer.forward, use_reentrant=False))  # noqa: B010 - a method
+
+
+def attend_by(model: nn.Module, context: Callable[[Tensor, int | None], Attention]) -> None:
+    """Let a language model attend by another context where it trains."""
+    for module in model.modules():
+        if isinstance(module, LlamaCore):
+            module.training_attention = context
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile each decoder layer for any number of tokens; they attend by a context that is an operator (ops/segmented)."""
+    for module in model.modules():
+        if isinstance(module, DecoderLayer):
+            module.compile(backend=backend, dynamic=True, fullgraph=True)
 
 
 def fuse(model: nn.Module, dtype: torch.dtype) -> bool:
