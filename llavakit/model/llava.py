@@ -2,7 +2,7 @@
 
 Owns: embed, forward_packed, logits, loss_packed, and the rule that placeholders equal features.
 Refuses: batch shapes, `forward`, generation and I/O: pretrained/ and engine/ build on these four calls.
-Legend: T tokens  D model width  V vocabulary  M chosen rows  F image features  N tiles  S side in pixels  B segments
+Legend: T tokens  D model width  V vocabulary  M chosen rows  F image features  N tiles  P patches  S side in pixels  B segments
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class PackedBatch:
     """Tiles of all pictures, in the order of their places."""
     grids: tuple[ImageGrid, ...] | None = None
     """How the tiles belong to pictures; None where each is one."""
+    seen_NPD: Tensor | None = None
+    """What the tower makes of all tiles, where that is known already, in place of the tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +142,23 @@ class LlavaCore(nn.Module):
         """
         _check_pixels(pixels_N3SS)
         grids = (self.config.image_grid,) * pixels_N3SS.shape[0] if grids is None else grids
+        if sum(map(num_tiles, grids)) != pixels_N3SS.shape[0]:
+            raise InputError(
+                f"{len(grids)} pictures have {sum(map(num_tiles, grids))} tiles, got {pixels_N3SS.shape[0]}; use the model's own processor"
+            )
+        return self.project(self.see(pixels_N3SS, dtype=dtype), grids)
+
+    def project(self, seen_NPD: Tensor, grids: Sequence[ImageGrid]) -> Tensor:
+        """Turn what the tower made of the tiles of pictures into projected features_FD, picture by picture."""
+        projected_NPD = self.multi_modal_projector(seen_NPD)
         counts = [num_tiles(grid) for grid in grids]
-        if sum(counts) != pixels_N3SS.shape[0]:
-            raise InputError(f"{len(counts)} pictures have {sum(counts)} tiles, got {pixels_N3SS.shape[0]}; use the model's own processor")
-        projected_NPD = self.multi_modal_projector(self._see(pixels_N3SS, dtype))
         if all(count == 1 and grid.anyres is None for count, grid in zip(counts, grids, strict=True)):
             return projected_NPD.flatten(0, 1)  # type: ignore[no-any-return]
         pictures = zip(projected_NPD.split(counts), grids, strict=True)
         return torch.cat([merge_tiles(tiles_NPD, grid, self.image_newline) for tiles_NPD, grid in pictures])
 
-    def _see(self, pixels_N3SS: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Run the tower, a few tiles at a time where no gradient is needed."""
+    def see(self, pixels_N3SS: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Run the tower on N tiles, a few at a time where no gradient is needed: the projector's seen_NPD."""
         is_tower_trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.vision_tower.parameters())
         pixels_N3SS = pixels_N3SS.to(self.vision_tower.dtype if dtype is None else dtype)
         parts = (pixels_N3SS,) if is_tower_trained or not pixels_N3SS.shape[0] else pixels_N3SS.split(TOWER_BATCH)
@@ -192,7 +200,11 @@ class LlavaCore(nn.Module):
 
         With touch every part gets a gradient, of zeros where the batch has no picture for it, as processes that train together need.
         """
-        features_FD = None if batch.pixels_N3SS is None else self.encode_images(batch.pixels_N3SS, batch.grids, dtype=dtype)
+        if batch.seen_NPD is not None:
+            seen_NPD, grids = batch.seen_NPD, (self.config.image_grid,) * batch.seen_NPD.shape[0] if batch.grids is None else batch.grids
+            features_FD: Tensor | None = self.project(seen_NPD if dtype is None else seen_NPD.to(dtype), grids)
+        else:
+            features_FD = None if batch.pixels_N3SS is None else self.encode_images(batch.pixels_N3SS, batch.grids, dtype=dtype)
         terms = _decoder_loss(self.language_model, self.embed(batch.ids_T, features_FD, dtype=dtype), batch)
         return replace(terms, sum=terms.sum + self._nothing(batch, dtype)) if touch else terms
 
@@ -200,7 +212,7 @@ class LlavaCore(nn.Module):
         """Return a zero that depends on tower, projector and newline."""
         side = self.config.vision_config.image_size
         nothing = batch.ids_T.new_zeros((), dtype=torch.float32)
-        if batch.pixels_N3SS is None:
+        if batch.pixels_N3SS is None and batch.seen_NPD is None:
             blank_13SS = torch.zeros(1, 3, side, side, device=batch.ids_T.device)
             nothing = nothing + 0.0 * self.encode_images(blank_13SS, dtype=dtype).sum().float()
         return nothing if self.image_newline is None else nothing + 0.0 * self.image_newline.sum()

@@ -227,7 +227,7 @@ class TrainConfig:
     """Dtype of the activations and of frozen weights; auto is bfloat16 where the device is fast in it."""
     recompute: Literal["none", "layers"] = "none"
     """Whether layers are computed again in the backward pass instead of keeping what they computed: less memory, a third more work."""
-    compile: Literal["auto", "layers", "none"] = "auto"
+    compilation: Literal["auto", "layers", "none"] = "auto"
     """Whether torch.compile makes one program of each layer; auto does on CUDA (on a CPU it gains little and takes half a minute)."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes CUDA where there is one."""

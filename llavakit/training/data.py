@@ -2,7 +2,7 @@
 
 Owns: Sample, Drawn, the two source protocols, the digest by which a resumed run recognises its data.
 Invariant: a batch is a pure function of its number, so the data position of a run is its step, whatever the workers.
-Legend: N tiles  S side in pixels
+Legend: N tiles  S side in pixels  P patches  D width of the tower
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Sample:
     loss_mask: tuple[bool, ...]
     tiles_N3SS: Tensor
     grids: tuple[ImageGrid, ...]
+    seen_NPD: Tensor | None = None
+    """What the tower makes of the tiles, where that is known already; then there are no tiles."""
 
 
 class SampleSource(Protocol):

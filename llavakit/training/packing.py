@@ -53,6 +53,7 @@ def pack(samples: Sequence[Sample], *, multiple_of: int = 1) -> PackedBatch:
         positions += range(filler)
         bounds.append(len(ids))
     tiles = [sample.tiles_N3SS for sample in samples if sample.tiles_N3SS.shape[0]]
+    seen = [sample.seen_NPD for sample in samples if sample.seen_NPD is not None]
     grids = tuple(grid for sample in samples for grid in sample.grids)
     return PackedBatch(
         torch.tensor(ids),
@@ -60,7 +61,8 @@ def pack(samples: Sequence[Sample], *, multiple_of: int = 1) -> PackedBatch:
         torch.tensor(positions),
         torch.tensor(bounds, dtype=torch.int32),
         torch.cat(tiles) if tiles else None,
-        grids if tiles else None,
+        grids if grids else None,
+        torch.cat(seen) if seen else None,
     )
 
 

@@ -7,12 +7,13 @@ the whole step is the only one; a frozen tower is not sharded, so that ranks may
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -21,7 +22,7 @@ from llavakit.errors import ConfigError
 from llavakit.model.decoder import DecoderLayer
 from llavakit.model.llava import LlavaCore
 
-__all__ = ["Alone", "Parallel", "Ranks", "whole"]
+__all__ = ["Alone", "Parallel", "Ranks", "join_ranks", "whole"]
 
 T = TypeVar("T")
 
@@ -74,12 +75,15 @@ class Alone:
 class Ranks:
     """The processes of torch.distributed's default group, which must have begun."""
 
-    def __init__(self, device: torch.device, *, shard_ranks: int | None = None) -> None:
-        """Shard over shard_ranks neighbours and replicate over the rest; None shards over all. Raises: ConfigError."""
+    def __init__(self, device: torch.device) -> None:
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.mesh = _mesh(device.type, self.size, None)
+
+    def replicate(self, shard_ranks: int | None) -> None:
+        """Shard over shard_ranks neighbours and replicate over the rest; None shards over all. Raises: ConfigError."""
         if shard_ranks is not None and (shard_ranks < 1 or self.size % shard_ranks):
             raise ConfigError(f"shard_ranks must divide the {self.size} processes, got {shard_ranks}")
-        self.mesh = _mesh(device.type, self.size, shard_ranks)
+        self.mesh = _mesh(self.device.type, self.size, shard_ranks)
 
     def shard(self, model: nn.Module, dtype: torch.dtype, entries: Sequence[str]) -> None:
         """Shard layer by layer, the rest with the root; a frozen tower stays whole everywhere."""
@@ -117,6 +121,20 @@ class Ranks:
     def wait(self) -> None:
         """Wait for all ranks."""
         dist.barrier()
+
+
+def join_ranks(environment: Mapping[str, str]) -> Ranks:
+    """Join the processes that torchrun started, of whose variables this is one's environment; each has a GPU, or all are on the CPU."""
+    rank, size, local = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    is_hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), size, is_master=rank == 0 and not is_hosted)
+    # After a restart the store still holds the addresses of the dead.
+    fresh = PrefixStore(f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=fresh, rank=rank, world_size=size)
+    return Ranks(device)
 
 
 def whole(tensor: Tensor) -> Tensor:

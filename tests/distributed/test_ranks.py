@@ -22,7 +22,7 @@ def launch(run_dir: Path, *arguments: str, restarts: int = 0) -> list[float]:
     """Run the toy on two ranks; returns the losses of this call."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
     command += ["-m", "tests.distributed.toy_ranks"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(run_dir.parent)}
     process = subprocess.Popen(
         [*command, str(run_dir), *arguments], cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )

@@ -24,7 +24,7 @@ from llavakit.training.config import LoopConfig, OptimConfig, SaveConfig
 from llavakit.training.data import Sample
 from llavakit.training.objectives import PackedLoss
 from llavakit.training.packing import PackedSource
-from llavakit.training.parallel import Parallel, Ranks
+from llavakit.training.parallel import Parallel, join_ranks
 from llavakit.training.trainer import Trainer
 from tests.tiny import IMAGE_TOKEN, NUM_IMAGE_TOKENS, SIDE, llava_config
 from tests.toy_run import Kept
@@ -103,8 +103,8 @@ def main() -> None:
     parser.add_argument("--trains-tower", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    parallel = Ranks(torch.device("cpu"), shard_ranks=options.shard_ranks)
+    parallel = join_ranks(os.environ)
+    parallel.replicate(options.shard_ranks)
     die_at = options.die_at if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else None
     losses = run(options.run_dir, parallel, stop_at=options.stop_at, die_at=die_at, trains_tower=options.trains_tower)
     if parallel.rank == 0:
