@@ -55,8 +55,8 @@ class Branched:
                 outputs.append(causal_attention(q, k, v, window=self.window))
             else:
                 at, length = chunk.stem
-                whole = [torch.cat((stem[:length], own)) for stem, own in zip(parts[at], (q, k, v), strict=True)]
-                outputs.append(attend(*whole, length, window=self.window))
+                q, k, v = (torch.cat((stem[:length], own)) for stem, own in zip(parts[at], (q, k, v), strict=True))
+                outputs.append(attend(q, k, v, length, window=self.window))
         return torch.cat(outputs)
 
 
