@@ -44,8 +44,8 @@ class Branched:
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:  # noqa: ARG002 - nothing is kept per layer
         """Attend chunk by chunk.
 
-        A further branch is 1.2 (200 tokens after 60) to 18 (20 after 600) times as fast under a mask on a CPU. Elsewhere only attention
-        without a mask has a kernel that groups heads and keeps no scores.
+        A further branch is 1.2 (200 tokens after 60) to 18 (20 after 600) times as fast under a mask on a CPU
+        (benchmarks/results/preference.json). Elsewhere only attention without a mask has a kernel that groups heads and keeps no scores.
         """
         attend = attend_masked if q_TNH.device.type == "cpu" else attend_whole
         parts = list(zip(q_TNH.split(self._lengths), k_TKH.split(self._lengths), v_TKH.split(self._lengths), strict=True))

@@ -87,3 +87,14 @@ def test_half_precision_stays_half() -> None:
     assert found.dtype == torch.bfloat16
     exact = Branched(bounds([4, 2, 3]), torch.tensor([-1, 0, 0])).attend(0, q.float(), k.float(), v.float())
     torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)  # one rounding of the output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("lengths", "stems"), PACKS)
+def test_a_gpu_gives_what_the_cpu_gives(lengths: list[int], stems: list[int], window: int | None) -> None:
+    tensors = draw(sum(lengths), 2)
+    here = Branched(bounds(lengths), torch.tensor(stems), window).attend(0, *tensors)
+    q, k, v = (tensor.cuda() for tensor in tensors)
+    there = Branched(bounds(lengths).cuda(), torch.tensor(stems).cuda(), window).attend(0, q, k, v)
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)
