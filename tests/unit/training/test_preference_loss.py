@@ -156,6 +156,8 @@ def test_both_ways_to_the_reference_agree() -> None:
     assert float(toggled.sum.detach()) == float(stored.sum.detach())
     assert {name: float(value) for name, value in toggled.metrics.items()} == {name: float(value) for name, value in stored.metrics.items()}
     assert float(stored.metrics["margin"]) != 0.0
+    weights = [core.get_parameter(name) for name in ("language_model.lm_head.weight", "multi_modal_projector.linear_1.extra")]
+    assert all(map(torch.equal, torch.autograd.grad(toggled.sum, weights), torch.autograd.grad(stored.sum, weights)))
 
 
 def test_an_unchanged_model_has_no_margin() -> None:
