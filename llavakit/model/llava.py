@@ -1,8 +1,8 @@
 """The packed cores: LlamaCore for text, LlavaCore for text and pictures.
 
-Owns: embed, forward_packed, logits, loss_packed, and the rule that placeholders equal features.
-Refuses: batch shapes, `forward`, generation and I/O: pretrained/ and engine/ build on these four calls.
-Legend: T tokens  D model width  V vocabulary  M chosen rows  F image features  N tiles  P patches  S side in pixels  B segments
+Owns: embed, forward_packed, logits, loss_packed, logprobs_packed, and the rule that placeholders equal features.
+Refuses: batch shapes, `forward`, generation and I/O: pretrained/, engine/ and training/ build on these five calls.
+Legend: T tokens  D model width  V vocabulary  M chosen rows  F image features  N tiles  P patches  S side in pixels  B segments  A answers
 """
 
 from __future__ import annotations
@@ -25,9 +25,20 @@ from llavakit.model.llava_config import LlavaConfig
 from llavakit.model.projector import MultiModalProjector
 from llavakit.model.vision import VisionTower
 from llavakit.ops.attention import Attention, Packed
-from llavakit.ops.loss import IGNORE, linear_cross_entropy
+from llavakit.ops.branches import Branched
+from llavakit.ops.loss import IGNORE, linear_cross_entropy, linear_logprobs, sums_by_length
 
-__all__ = ["IMAGE_PLACEHOLDER", "TOWER_BATCH", "LlamaCore", "LlavaCore", "LossTerms", "PackedBatch", "check_config", "check_ids"]
+__all__ = [
+    "IMAGE_PLACEHOLDER",
+    "TOWER_BATCH",
+    "AnswerBatch",
+    "LlamaCore",
+    "LlavaCore",
+    "LossTerms",
+    "PackedBatch",
+    "check_config",
+    "check_ids",
+]
 
 TOWER_BATCH = 16
 """Tiles that the tower sees at once where no gradient is needed."""
@@ -49,6 +60,27 @@ class PackedBatch:
     """How the tiles belong to pictures; None where each is one."""
     seen_NPD: Tensor | None = None
     """What the tower makes of all tiles, where that is known already, in place of the tiles."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerBatch:
+    """Prompts end to end, each followed by the answers that continue it, of which each is scored by itself."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    cu_seqlens: Tensor
+    stems_B: Tensor
+    """Of each segment the one that it continues, or -1."""
+    rows_M: Tensor
+    """The positions that predict a token of an answer, answer by answer; several answers may name one."""
+    labels_M: Tensor
+    """The token that each of them must predict."""
+    lengths_A: Tensor
+    """How many rows each answer has."""
+    pixels_N3SS: Tensor | None = None
+    """Tiles of all pictures, in the order of their places."""
+    grids: tuple[ImageGrid, ...] | None = None
+    """How the tiles belong to pictures; None where each is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +128,10 @@ class LlamaCore(nn.Module):
     def forward_packed(self, x_TD: Tensor, positions_T: Tensor, attn: Attention, taps: list[Tensor] | None = None) -> Tensor:
         """Run the decoder; see LlamaDecoder.forward_packed."""
         return self.model.forward_packed(x_TD, positions_T, attn, taps)
+
+    def logprobs_packed(self, batch: AnswerBatch, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Sum the log probabilities of each answer's tokens: float32 sums_A, differentiable, activations in dtype."""
+        return _decoder_logprobs(self, self.embed(batch.ids_T, dtype=dtype), batch)
 
     def logits(self, h_MD: Tensor) -> Tensor:
         """Score the vocabulary for M chosen rows: z_MV in h's dtype."""
@@ -191,6 +227,15 @@ class LlavaCore(nn.Module):
         """Run the language model's decoder; see LlamaDecoder.forward_packed."""
         return self.language_model.forward_packed(x_TD, positions_T, attn, taps)
 
+    def logprobs_packed(self, batch: AnswerBatch, *, dtype: torch.dtype | None = None, touch: bool = False) -> Tensor:
+        """Sum the log probabilities of each answer's tokens as LlamaCore does, each picture seen once for all answers to it.
+
+        With touch every part gets a gradient, as in loss_packed.
+        """
+        features_FD = None if batch.pixels_N3SS is None else self.encode_images(batch.pixels_N3SS, batch.grids, dtype=dtype)
+        sums_A = _decoder_logprobs(self.language_model, self.embed(batch.ids_T, features_FD, dtype=dtype), batch)
+        return sums_A + self._nothing(batch, dtype) if touch else sums_A
+
     def logits(self, h_MD: Tensor) -> Tensor:
         """Score the vocabulary for M chosen rows."""
         return self.language_model.logits(h_MD)
@@ -208,11 +253,12 @@ class LlavaCore(nn.Module):
         terms = _decoder_loss(self.language_model, self.embed(batch.ids_T, features_FD, dtype=dtype), batch)
         return replace(terms, sum=terms.sum + self._nothing(batch, dtype)) if touch else terms
 
-    def _nothing(self, batch: PackedBatch, dtype: torch.dtype | None) -> Tensor:
+    def _nothing(self, batch: PackedBatch | AnswerBatch, dtype: torch.dtype | None) -> Tensor:
         """Return a zero that depends on tower, projector and newline."""
         side = self.config.vision_config.image_size
         nothing = batch.ids_T.new_zeros((), dtype=torch.float32)
-        if batch.pixels_N3SS is None and batch.seen_NPD is None:
+        has_seen = isinstance(batch, PackedBatch) and batch.seen_NPD is not None
+        if batch.pixels_N3SS is None and not has_seen:
             blank_13SS = torch.zeros(1, 3, side, side, device=batch.ids_T.device)
             nothing = nothing + 0.0 * self.encode_images(blank_13SS, dtype=dtype).sum().float()
         return nothing if self.image_newline is None else nothing + 0.0 * self.image_newline.sum()
@@ -253,3 +299,8 @@ def _decoder_loss(core: LlamaCore, x_TD: Tensor, batch: PackedBatch) -> LossTerm
     loss, num_right = linear_cross_entropy(h_TD[rows_M], core.lm_head.weight, batch.labels_T[rows_M])
     weight = torch.tensor(rows_M.numel())
     return LossTerms(loss, weight, {"num_supervised": weight, "num_right": num_right})
+
+
+def _decoder_logprobs(core: LlamaCore, x_TD: Tensor, batch: AnswerBatch) -> Tensor:
+    h_TD = core.forward_packed(x_TD, batch.positions_T, Branched(batch.cu_seqlens, batch.stems_B, core.config.window))
+    return sums_by_length(linear_logprobs(h_TD[batch.rows_M], core.lm_head.weight, batch.labels_M), batch.lengths_A)

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from llavakit.errors import CheckpointError, PromptError
 
-__all__ = ["ChatTokenizer", "EncodedChat", "MarkerIds", "Segment", "encode_segments", "find_marker", "segments_text"]
+__all__ = ["ChatTokenizer", "EncodedChat", "MarkerIds", "Segment", "encode_segments", "find_marker", "num_common", "segments_text"]
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -129,7 +129,7 @@ def _encode_stretch(texts: Sequence[str], encode: Encode) -> list[Sequence[int]]
     parts: list[Sequence[int]] = []
     for group in _cut_at_words(texts, encode):
         whole = encode("".join(group))
-        ends = [_num_common(encode("".join(group[:count])), whole) for count in range(1, len(group))]
+        ends = [num_common(encode("".join(group[:count])), whole) for count in range(1, len(group))]
         parts += [whole[start:end] for start, end in itertools.pairwise((0, *ends, len(whole)))]
     return parts
 
@@ -149,7 +149,7 @@ def _cut_at_words(texts: Sequence[str], encode: Encode) -> list[list[str]]:
     return groups
 
 
-def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
+def num_common(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the longest common beginning."""
     return next(
         (place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), min(len(first), len(second))

@@ -1,11 +1,11 @@
-"""Cross entropy of a linear head: against the dense computation, in any chunk size."""
+"""Cross entropy and log probabilities of a linear head: against the dense computation, in any chunk size."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.ops.loss import linear_cross_entropy
+from llavakit.ops.loss import linear_cross_entropy, linear_logprobs, sums_by_length
 
 ROWS, WIDTH, VOCAB = 37, 16, 50
 
@@ -61,3 +61,43 @@ def test_large_logits_do_not_overflow() -> None:
     h_MD, weight_VD, labels_M = given()
     loss, _ = linear_cross_entropy(h_MD * 1e4, weight_VD, labels_M)
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 36, 37, 1000])
+def test_log_probabilities_and_gradients_equal_the_dense_ones(chunk_rows: int) -> None:
+    h_MD, weight_VD, labels_M = given()
+    weights_M = torch.randn(ROWS, generator=torch.Generator().manual_seed(1))
+    dense_M = -F.cross_entropy(h_MD @ weight_VD.t(), labels_M, reduction="none")
+    expected = torch.autograd.grad(dense_M @ weights_M, (h_MD, weight_VD))
+    found_M = linear_logprobs(h_MD, weight_VD, labels_M, chunk_rows=chunk_rows)
+    found = torch.autograd.grad(found_M @ weights_M, (h_MD, weight_VD))
+    torch.testing.assert_close(found_M, dense_M)
+    torch.testing.assert_close(found, expected)
+
+
+def test_log_probabilities_add_up_to_the_cross_entropy_in_half_precision_too() -> None:
+    h_MD, weight_VD, labels_M = given()
+    half_MD = h_MD.bfloat16()
+    loss, _ = linear_cross_entropy(half_MD, weight_VD, labels_M)
+    total = -linear_logprobs(half_MD, weight_VD, labels_M).sum()
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, loss)
+    # The same bfloat16 products of the same gradients.
+    expected, found = (torch.autograd.grad(value, (h_MD, weight_VD), retain_graph=True) for value in (loss, total))
+    torch.testing.assert_close(found, expected)
+
+
+def test_log_probabilities_differentiate_only_what_asks_for_it() -> None:
+    h_MD, weight_VD, labels_M = given()
+    linear_logprobs(h_MD.detach(), weight_VD, labels_M).sum().backward()
+    assert weight_VD.grad is not None
+    linear_logprobs(h_MD, weight_VD.detach(), labels_M).sum().backward()
+    assert h_MD.grad is not None
+    assert linear_logprobs(h_MD[:0], weight_VD, labels_M[:0]).shape == (0,)
+
+
+def test_sums_follow_the_lengths() -> None:
+    values_M = torch.arange(1.0, 7.0, requires_grad=True)
+    sums_A = sums_by_length(values_M, torch.tensor([2, 0, 3, 1]))
+    assert sums_A.tolist() == [3.0, 0.0, 12.0, 6.0]
+    assert torch.autograd.grad(sums_A @ torch.tensor([1.0, 2.0, 3.0, 4.0]), values_M)[0].tolist() == [1.0, 1.0, 3.0, 3.0, 3.0, 4.0]
