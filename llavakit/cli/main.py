@@ -21,6 +21,7 @@ _COMMANDS = (
     ("inspect", "Show what a checkpoint holds, without loading it."),
     ("lint", "Show what a prompt becomes, and how files deviate from training."),
     ("doctor", "Show what this machine can run."),
+    ("train", "Train a model by a recipe."),
     ("reproduce", "Train the embedded miniature from nothing."),
     ("convert", "Convert a checkpoint into another layout."),
     ("merge", "Merge an adapter, a delta or a projector into its base."),

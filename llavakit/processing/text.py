@@ -6,6 +6,7 @@ Owns: prompts of conversations through the checkpoint's own chat template. Refus
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Self, Unpack
@@ -13,10 +14,11 @@ from typing import NoReturn, Self, Unpack
 import torch
 
 from llavakit.errors import PromptError
+from llavakit.geometry import ImageGrid
 from llavakit.processing.chat import ChatTemplate
 from llavakit.processing.own_template import template_of_text_checkpoint
 from llavakit.processing.processor import Prompt
-from llavakit.processing.segments import MarkerIds, encode_segments
+from llavakit.processing.segments import EncodedChat, MarkerIds, Segment, encode_segments
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.hub import HubArguments, resolve_model
@@ -51,13 +53,20 @@ class TextProcessor:
 
     def prompt(self, conversation: Conversation, *, add_generation_prompt: bool = True, max_len: int | None = None) -> Prompt:
         """Build the prompt of a conversation. Raises: PromptError for pictures, and when it exceeds max_len tokens."""
-        for image in conversation.images:
-            self.check_image(image.data)
-        segments = self.template.segments(conversation, add_generation_prompt=add_generation_prompt)
-        encoded = encode_segments(segments, self.tokenizer.encode_text, self.markers, ())
+        encoded = self.encode_chat(conversation, (), add_generation_prompt=add_generation_prompt)[1]
         if max_len is not None and len(encoded.ids) > max_len:
             raise PromptError(f"the prompt has {len(encoded.ids)} tokens, at most {max_len} fit; shorten the conversation")
         return Prompt(encoded.ids, encoded.loss_mask, torch.empty(0, 3, 1, 1))
+
+    def encode_chat(
+        self, conversation: Conversation, grids: Sequence[ImageGrid], *, add_generation_prompt: bool = True
+    ) -> tuple[list[Segment], EncodedChat]:
+        """Build a conversation's segments and their ids, as LlavaProcessor does. Raises: PromptError for pictures."""
+        del grids
+        for image in conversation.images:
+            self.check_image(image.data)
+        segments = self.template.segments(conversation, add_generation_prompt=add_generation_prompt)
+        return segments, encode_segments(segments, self.tokenizer.encode_text, self.markers, ())
 
     def answered(self, conversation: Conversation, asked: Prompt) -> Prompt:
         """Build the prompt of a conversation after its answer."""

@@ -34,6 +34,11 @@ class Sample:
     seen_NPD: Tensor | None = None
     """What the tower makes of the tiles, where that is known already; then there are no tiles."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Positions, pictures included."""
+        return len(self.ids)
+
 
 class SampleSource(Protocol):
     """Samples by index: sample(i) is a pure function."""

@@ -13,6 +13,7 @@ import bisect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -23,9 +24,15 @@ from llavakit.ops.loss import IGNORE
 from llavakit.training.config import DataConfig
 from llavakit.training.data import Drawn, Sample, SampleSource, draw_sample
 
-__all__ = ["BestFitSource", "PackedSource", "best_fit", "pack"]
+__all__ = ["BestFitSource", "PackedSource", "Packer", "Part", "best_fit", "pack"]
 
 _LOG = logger("training")
+
+
+class Packer(Protocol):
+    """Makes a batch of samples, its length rounded up to a multiple."""
+
+    def __call__(self, samples: Sequence[Any], /, *, multiple_of: int) -> Any: ...
 
 
 def pack(samples: Sequence[Sample], *, multiple_of: int = 1) -> PackedBatch:
@@ -79,7 +86,7 @@ class PackedSource:
         """Pack samples number * samples_per_batch and following."""
         first = number * self.samples_per_batch
         samples = [draw_sample(self.samples, index) for index in range(first, first + self.samples_per_batch)]
-        return Drawn(pack(samples, multiple_of=self.multiple_of), len(samples), _num_tokens(samples))
+        return Drawn(pack(samples, multiple_of=self.multiple_of), len(samples), sum(sample.num_tokens for sample in samples))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +120,12 @@ class BestFitSource:
     comes is left out, with the reason.
     """
 
-    def __init__(self, parts: Sequence[Part], config: DataConfig) -> None:
-        """Leave out samples that are too long, and say how many. Raises: DataError when a part has none left."""
-        self.parts, self.config = parts, config
+    def __init__(self, parts: Sequence[Part], config: DataConfig, *, packer: Packer = pack) -> None:
+        """Leave out samples that are too long, and say how many; packer makes a batch of samples.
+
+        Raises: DataError when a part has none left.
+        """
+        self.parts, self.config, self._packer = parts, config, packer
         self._usable = [[index for index, length in enumerate(part.lengths) if 0 < length <= config.max_sample_tokens] for part in parts]
         for part, usable in zip(parts, self._usable, strict=True):
             if not usable:
@@ -135,7 +145,7 @@ class BestFitSource:
         epoch = 0
         while number >= (num_batches := self.num_batches(epoch)):
             number, epoch = number - num_batches, epoch + 1
-        samples: list[Sample] = []
+        samples: list[Any] = []
         left_out: list[str] = []
         for part, index in self.packs(epoch)[number]:
             try:
@@ -144,7 +154,8 @@ class BestFitSource:
                 left_out.append(f"{self.parts[part].name}: {error}")
             else:
                 samples.append(sample)
-        return Drawn(pack(samples, multiple_of=self.config.multiple_of), len(samples), _num_tokens(samples), tuple(left_out))
+        packed = self._packer(samples, multiple_of=self.config.multiple_of)
+        return Drawn(packed, len(samples), sum(sample.num_tokens for sample in samples), tuple(left_out))
 
     def num_batches(self, epoch: int) -> int:
         """Count the batches of an epoch."""
@@ -200,7 +211,3 @@ def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
         packs[chosen].append(index)
         bisect.insort(rooms, (room - lengths[index], chosen))
     return packs
-
-
-def _num_tokens(samples: Sequence[Sample]) -> int:
-    return sum(len(sample.ids) for sample in samples)

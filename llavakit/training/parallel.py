@@ -122,6 +122,11 @@ class Ranks:
         """Wait for all ranks."""
         dist.barrier()
 
+    def leave(self) -> None:
+        """Wait for all ranks and part from them; a process that just ends may be taken for a dead one."""
+        self.wait()
+        dist.destroy_process_group()
+
 
 def join_ranks(environment: Mapping[str, str]) -> Ranks:
     """Join the processes that torchrun started, of whose variables this is one's environment; each has a GPU, or all are on the CPU."""

@@ -7,15 +7,18 @@ their turn, and a conversation that the model opens loses that first turn. Sourc
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llavakit.errors import DataError, PromptError, shortened
-from llavakit.geometry import ImageGrid
+from llavakit.errors import DataError, LlavaError, PromptError, shortened
+from llavakit.geometry import ImageGrid, num_tiles
 from llavakit.processing.image import image_size
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.text import TextProcessor
 from llavakit.training.data import Sample, sample_of_prompt
 from llavakit.types import Conversation, ImagePart, Message, TextPart
 
@@ -26,10 +29,29 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 _NO_BYTES = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a record cannot train."""
+
+    kind: str
+    message: str
+    is_fatal: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What a record will become."""
+
+    num_tokens: int
+    num_supervised: int
+    num_tiles: int
+    problems: tuple[Fault, ...] = ()
+
+
 class RecordSource:
     """Samples from a JSON file of records and a folder of pictures; sample(i) is record i."""
 
-    def __init__(self, records: Path, pictures: Path, processor: LlavaProcessor) -> None:
+    def __init__(self, records: Path, pictures: Path, processor: LlavaProcessor | TextProcessor) -> None:
         """Read and check all records. Raises: DataError listing what is wrong with them; pictures are opened only by sample."""
         self._pictures, self._processor = pictures.resolve(), processor
         try:
@@ -53,19 +75,34 @@ class RecordSource:
         pictures = [self._read_picture(name) for name in _picture_names(record)]
         return sample_of_prompt(self._processor.prompt(_conversation(record, pictures), add_generation_prompt=False))
 
-    def lengths(self) -> list[int]:
-        """Count the tokens of all samples without decoding a picture."""
-        return [self._length(record) for record in self._records]
+    @property
+    def digest(self) -> str:
+        """Digest the records."""
+        return hashlib.sha256(json.dumps(self._records).encode()).hexdigest()
 
-    def _length(self, record: Mapping[str, Any]) -> int:
+    def talk(self, index: int) -> Conversation:
+        """Build a record's conversation, pictures included."""
+        record = self._records[index]
+        return _conversation(record, [self._read_picture(name) for name in _picture_names(record)])
+
+    def measure(self, index: int) -> Measures:
+        """Measure a record without decoding a picture."""
+        record = self._records[index]
         names = _picture_names(record)
-        conversation, grids = _conversation(record, [_NO_BYTES] * len(names)), [self._grid(name) for name in names]
-        return len(self._processor.encode_chat(conversation, grids, add_generation_prompt=False)[1].ids)
+        try:
+            conversation, grids = _conversation(record, [_NO_BYTES] * len(names)), [self._grid(name) for name in names]
+            encoded = self._processor.encode_chat(conversation, grids, add_generation_prompt=False)[1]
+        except LlavaError as error:
+            return Measures(0, 0, 0, (Fault("unusable", str(error)),))
+        return Measures(len(encoded.ids), sum(encoded.loss_mask[1:]), sum(map(num_tiles, grids)))
 
     def _grid(self, name: str) -> ImageGrid:
-        """Return the image tokens of a picture; only where they depend on its size is its header read."""
+        """Return the image tokens of a picture, whose header is read."""
+        if isinstance(self._processor, TextProcessor):
+            raise DataError("has a picture, and the model is a language model without a vision tower")
         images, tile = self._processor.image_processor, self._processor.tile_grid
-        return tile if images.aspect != "anyres" else images.grid(image_size(self._read_picture(name), self._processor.limits), tile)
+        size = image_size(self._read_picture(name), self._processor.limits)
+        return tile if images.aspect != "anyres" else images.grid(size, tile)
 
     def _read_picture(self, name: str) -> bytes:
         path = (self._pictures / name).resolve()

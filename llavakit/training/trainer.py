@@ -216,7 +216,8 @@ class Trainer:
             torch.manual_seed(((self.config.seed & _MASK) << 32) + self.state.step * count + min(place, count - 1))
             terms = self.objective.loss(self.model, moved(drawn.batch, self.device))
             share = float(place < count)
-            (terms.sum * share).backward()
+            if terms.sum.requires_grad:  # a batch of text says nothing of a projector that trains alone
+                (terms.sum * share).backward()
             for reason in drawn.left_out if share else ():
                 _LOG.warning("step %d: a sample is left out: %s", self.state.step, reason)
             added = {"loss": float(terms.sum.detach()), "weight": float(terms.weight)}  # waits for the device

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 
 from llavakit.errors import TrainingError
 from llavakit.model.llava import LlavaCore, LossTerms
@@ -109,7 +108,7 @@ def main() -> None:
     losses = run(options.run_dir, parallel, stop_at=options.stop_at, die_at=die_at, trains_tower=options.trains_tower)
     if parallel.rank == 0:
         (options.run_dir / "losses.json").write_text(json.dumps(losses))
-    dist.destroy_process_group()
+    parallel.leave()
 
 
 if __name__ == "__main__":

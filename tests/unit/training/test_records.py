@@ -55,15 +55,18 @@ def test_a_first_turn_of_the_model_is_dropped(tmp_path: Path) -> None:
     assert records.sample(0).ids == records.sample(1).ids
 
 
-def test_lengths_are_known_without_pictures(tmp_path: Path) -> None:
+def test_lengths_are_known_from_headers_and_a_missing_picture_is_told(tmp_path: Path) -> None:
     records = source(
         tmp_path,
         {"image": "a.png", "conversations": [turn("human", "<image>\nWhat?"), turn("gpt", "A dot.")]},
         {"conversations": [turn("human", "What?"), turn("gpt", "Nothing.")]},
     )
     expected = [len(records.sample(index).ids) for index in range(len(records))]
-    (tmp_path / "pictures" / "a.png").unlink()
-    assert records.lengths() == expected
+    picture = tmp_path / "pictures" / "a.png"
+    picture.write_bytes(picture.read_bytes()[:-20])
+    assert [records.measure(index).num_tokens for index in range(len(records))] == expected
+    picture.unlink()
+    assert "a.png" in records.measure(0).problems[0].message
 
 
 def test_all_bad_records_are_listed_before_the_first_step(tmp_path: Path) -> None:
