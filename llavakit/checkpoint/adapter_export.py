@@ -1,6 +1,7 @@
 """An adapter that stays one: PEFT's folder for the classes of transformers, from one that was trained in any class.
 
-Owns: export_adapter. Refuses: merging and casting; what PEFT cannot hold (parameters that are no module's weight or bias).
+Owns: export_adapter, and where a module stands in transformers' classes. Refuses: merging and casting; what PEFT cannot hold (parameters
+that are no module's weight or bias).
 Invariants: every tensor keeps its bits; the settings name the very modules that the adapter changed, by their whole paths, whatever
 suffixes, patterns or layers they were written with; what was trained beside the adapter becomes modules_to_save.
 Source: peft's get_peft_model_state_dict and set_peft_model_state_dict (names), check_target_module_exists and get_pattern_key (settings).
@@ -26,7 +27,7 @@ from llavakit.storage.documents import write_json
 from llavakit.storage.folder import new_folder
 from llavakit.storage.tensors import TensorSource, write_file
 
-__all__ = ["export_adapter"]
+__all__ = ["export_adapter", "module_and_leaf"]
 
 _SUFFIXES = {
     "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B",
@@ -52,7 +53,7 @@ def export_adapter(source: Path, destination: Path, sources: Sources, *, hashes:
         shapes = {name: tuple(weight.shape) for name, weight in core.named_parameters(remove_duplicate=False)}
         whole, problems = _whole(adapter, trained, shapes)
         layout = LLAVA_MODULES if isinstance(core, LlavaCore) else LLAMA
-        export = _Export(adapter, {name: _module_and_leaf(layout, name) for name in shapes}, whole)
+        export = _Export(adapter, {name: module_and_leaf(layout, name) for name in shapes}, whole)
         problems = problems or export.problems()
         if problems:
             raise CheckpointError(f"the adapter cannot be written for transformers' class: {'; '.join(shortened(problems))}")
@@ -141,7 +142,8 @@ def _whole(adapter: Adapter, trained: Sequence[Part], shapes: Mapping[str, tuple
     return found, problems
 
 
-def _module_and_leaf(layout: Layout, name: str) -> tuple[str, str]:
+def module_and_leaf(layout: Layout, name: str) -> tuple[str, str]:
+    """Return the module of a weight in the layout's class, and what it is in it."""
     found = layout.source(name)
     assert found is not None, "the layout names every tensor of ours"
     module, _, leaf = found.rpartition(".")

@@ -32,7 +32,6 @@ from llavakit.model.surgery import fuse
 from llavakit.model.surgery import quantize as make_quantized
 from llavakit.ops.memory import free_memory
 from llavakit.ops.pages import PAGE
-from llavakit.ops.quantize.weights import KINDS
 from llavakit.processing.chat import find_template
 from llavakit.processing.processor import LlavaProcessor, Prompt
 from llavakit.processing.text import TextProcessor
@@ -87,8 +86,8 @@ class LLM:
         there is one, the files' dtype (bfloat16 for float16 files on a CPU, which is slow in float16), and the files' preprocessing,
         saying where that is not what the weights were trained with. Raises: CheckpointError, ConfigError, CapacityError.
         """
-        if quantize not in ("none", *KINDS):
-            raise ConfigError(f"quantize must be none, {' or '.join(KINDS)}, got {quantize!r}")
+        if quantize not in ("none", "int8", "nf4"):
+            raise ConfigError(f"quantize must be none, int8 or nf4, got {quantize!r}")
         chosen_dtype, chosen_device = choose_dtype(dtype), choose_device(device)
         named = None if template is None else find_template(template)
         folder = resolve_model(model, revision=revision, allow_pickle=allow_pickle)

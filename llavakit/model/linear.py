@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llavakit.ops.matmul import PackedWeight
-from llavakit.ops.quantize.weights import Quantized
+from llavakit.ops.quantize.weights import Quantized, quantized_product
 
 __all__ = ["Embedding", "LayerNorm", "Linear", "PackedLinear", "QuantizedLinear", "RMSNorm"]
 
@@ -56,17 +56,34 @@ class PackedLinear(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """A product with a weight of small integers, which is made dense for the time of each use: inference only."""
+    """A product with a frozen weight of small integers, which is made dense for the time of each use; gradients pass through it.
+
+    What belongs to the weight is parameters of bytes, scales too: whoever casts or shards a model cannot round them.
+    """
 
     def __init__(self, weight: Quantized, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.quantized, self.bias = weight, bias
+        self.kind = weight.kind
+        self._floats = {name: tensor.shape for name, tensor in weight.tensors.items() if tensor.dtype == torch.float32}
+        self._names = tuple(weight.tensors)
+        for name, tensor in weight.tensors.items():
+            stored = tensor.contiguous().view(-1).view(torch.uint8) if name in self._floats else tensor
+            self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def quantized(self) -> Quantized:
+        """The weight."""
+        stored = {name: self.get_parameter(name).data for name in self._names}
+        tensors = {
+            name: tensor.view(torch.float32).view(self._floats[name]) if name in self._floats else tensor for name, tensor in stored.items()
+        }
+        return Quantized(self.kind, (self.out_features, self.in_features), tensors)
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply; the result has the input's dtype."""
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.quantized.dense(input.dtype), bias)
+        return quantized_product(input, self.quantized, None if self.bias is None else self.bias.to(input.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -1,7 +1,7 @@
 """Changing a built model: fresh weights, which of them train, and what makes it ready to run.
 
 Owns: init_weights, init_projector, freeze, resize_vocabulary, resized_rows, what changes how layers train (recompute_layers, attend_by,
-compile_layers), fuse, quantize and adapt; nothing else may touch a model's modules.
+compile_layers), fuse, quantize, add_lora, merge_lora and adapt; nothing else may touch a model's modules.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from llavakit.model.decoder import DecoderLayer, RowParallelLinear, SwiGlu, Toke
 from llavakit.model.linear import Linear, PackedLinear, QuantizedLinear
 from llavakit.model.llava import LlamaCore
 from llavakit.model.lora import AdaptedLinear, Adapting
+from llavakit.model.lora_config import LoraConfig
+from llavakit.model.lora_layer import LoraLinear
 from llavakit.model.projector import MultiModalProjector
 from llavakit.ops.attention import Attention
 from llavakit.ops.gate import steady_gate
@@ -31,12 +33,14 @@ from llavakit.ops.quantize.weights import KINDS
 __all__ = [
     "TrainableRow",
     "adapt",
+    "add_lora",
     "attend_by",
     "compile_layers",
     "freeze",
     "fuse",
     "init_projector",
     "init_weights",
+    "merge_lora",
     "quantize",
     "recompute_layers",
     "resize_vocabulary",
@@ -92,7 +96,8 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[TrainableRow]:
             raise ConfigError(f"no parameter matches {pattern!r}; names look like {next(iter(parameters))!r}")
         rows.append(TrainableRow(pattern, len(matched), sum(weight.numel() for weight in matched)))
     for name, weight in parameters.items():
-        weight.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in trainable))
+        is_trainable = weight.is_floating_point()  # the bytes of a quantised weight are not
+        weight.requires_grad_(is_trainable and any(fnmatch.fnmatchcase(name, pattern) for pattern in trainable))
     return rows
 
 
@@ -151,6 +156,43 @@ def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
     for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
         _replace(layer, (Linear,), quantized)
     model.to(device)
+
+
+def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator) -> list[str]:
+    """Put thin products beside those that the config's targets name; returns their paths. What trains is freeze's to say.
+
+    Targets without a tower's or projector's name match the language model alone. Raises: ConfigError when a target matches no product.
+    """
+    paths = {path: module for path, module in model.named_modules() if isinstance(module, Linear | QuantizedLinear)}
+    chosen: set[str] = set()
+    for target in config.targets:
+        matched = {path for path in paths if fnmatch.fnmatchcase(path, target) and (_is_language(path) or not target.startswith("*"))}
+        if not matched:
+            raise ConfigError(f"lora.targets: no product is named like {target!r}; they are named like {next(iter(paths), 'none')!r}")
+        chosen |= matched
+
+    def adapted(path: str, child: Linear | QuantizedLinear) -> nn.Module:
+        return LoraLinear(child, config, generator) if path in chosen else child
+
+    _replace(model, (Linear, QuantizedLinear), adapted)
+    return sorted(chosen)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Make each adapted product one again, its weight in the dtype that it had. Raises: ConfigError where the weights are quantised."""
+
+    def merged(path: str, child: LoraLinear) -> Linear:
+        if not isinstance(child.base, Linear):
+            raise ConfigError(f"{path} is quantised and cannot take a sum; save the adapter, and merge it into the model that it came from")
+        with torch.no_grad():
+            child.base.weight.copy_(child.merged())
+        return child.base
+
+    _replace(model, (LoraLinear,), merged)
+
+
+def _is_language(path: str) -> bool:
+    return not path.startswith(("vision_tower.", "multi_modal_projector."))
 
 
 def adapt(model: nn.Module) -> Adapting:

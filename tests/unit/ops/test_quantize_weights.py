@@ -17,7 +17,7 @@ def draw(rows: int, columns: int) -> torch.Tensor:
 def test_int8_errs_by_half_a_step_at_most(shape: tuple[int, int]) -> None:
     weight = draw(*shape)
     found = quantize_int8(weight)
-    assert ((found.dense(torch.float32) - weight).abs() <= found.scales / 2 * 1.0001).all()
+    assert ((found.dense(torch.float32) - weight).abs() <= found.scales() / 2 * 1.0001).all()
     assert found.nbytes == weight.numel() + 4 * shape[0]
 
 
@@ -27,7 +27,7 @@ def test_nf4_takes_the_nearest_level(shape: tuple[int, int]) -> None:
     found = quantize_nf4(weight)
     dense = found.dense(torch.float32)
     assert dense.shape == weight.shape
-    most = found.scales.repeat_interleave(64)[: weight.numel()].view(shape)
+    most = found.scales().repeat_interleave(64)[: weight.numel()].view(shape)
     assert ((dense - weight).abs() <= most * 0.1521).all()  # half of the widest gap between levels
     assert torch.equal(quantize_nf4(dense).dense(torch.float32), dense)
 
@@ -50,5 +50,10 @@ def test_nf4_is_bitsandbytes_own() -> None:
     weight = ((torch.arange(48 * 96) * 7919 % 1009 - 504) / 1009).view(48, 96)
     found = quantize_nf4(weight)
     # What quantize_4bit of bitsandbytes 0.50.2 makes of it.
-    assert hashlib.sha256(found.codes.numpy().tobytes()).hexdigest() == "1a08b5f50a2a520e5ee61915d6d07cb8a5d5f411d2140cebb802e22500bdcb5d"
-    assert hashlib.sha256(found.scales.numpy().tobytes()).hexdigest() == "04f2b421527ca5c5968cfe84be9058cdfbf6fc451351c9cfb1cbbb90af8ec55a"
+    assert (
+        hashlib.sha256(found.tensors["codes"].numpy().tobytes()).hexdigest()
+        == "1a08b5f50a2a520e5ee61915d6d07cb8a5d5f411d2140cebb802e22500bdcb5d"
+    )
+    assert (
+        hashlib.sha256(found.scales().numpy().tobytes()).hexdigest() == "04f2b421527ca5c5968cfe84be9058cdfbf6fc451351c9cfb1cbbb90af8ec55a"
+    )
