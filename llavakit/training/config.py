@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from llavakit.config import run_config_to_dict
 from llavakit.errors import ConfigError
+from llavakit.model.lora_config import LoraConfig
 
 __all__ = ["DataConfig", "GroupConfig", "LoopConfig", "ModelSource", "OptimConfig", "SaveConfig", "SourceConfig", "TrainConfig"]
 
@@ -215,6 +216,10 @@ class TrainConfig:
     """Samples of an optimiser step, on average: a step takes so many batches as hold about that many, over all processes."""
     trainable: tuple[str, ...] = ("*",)
     """Patterns of the parameters that train; all others are frozen."""
+    lora: LoraConfig | None = None
+    """Thin products that train beside frozen ones; the run then exports an adapter. What trains is trainable's to say."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4 keeps the language model's products in 4 bits, scales in 8 (QLoRA); with lora only."""
     epochs: float = 1.0
     """Passes through the data."""
     steps: int | None = None
@@ -247,3 +252,5 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.samples_per_step < 1 or not self.epochs > 0 or (self.steps is not None and self.steps < 1):
             raise ConfigError("samples_per_step and steps must be at least 1, epochs above 0")
+        if self.quantize != "none" and self.lora is None:
+            raise ConfigError("quantize keeps weights in 4 bits, which cannot train; it needs lora")

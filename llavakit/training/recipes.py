@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from llavakit.errors import ConfigError
+from llavakit.model.lora_config import LoraConfig
 from llavakit.training.config import DataConfig, GroupConfig, ModelSource, OptimConfig, SourceConfig, TrainConfig
 
 __all__ = ["RECIPES", "Recipe", "find_recipe"]
 
 Recipe = Callable[[ModelSource, tuple[SourceConfig, ...]], TrainConfig]
+LORA = ("*.lora_A", "*.lora_B")
 PROJECTOR, LANGUAGE, TOWER, NEWLINE = "multi_modal_projector.*", "language_model.*", "vision_tower.*", "image_newline"
 _WARMUP_SHARE = 0.03
 
@@ -44,6 +46,23 @@ def pretrain_v15(model: ModelSource, sources: tuple[SourceConfig, ...]) -> Train
 def finetune_v15(model: ModelSource, sources: tuple[SourceConfig, ...]) -> TrainConfig:
     """Tune projector and language model on mix665K with padded pictures: LLaVA-1.5, stage 2."""
     return replace(_tuned("finetune_v15", model, sources, samples_per_step=128, epochs=1.0), template="v1", preprocess="pad")
+
+
+def finetune_v15_lora(model: ModelSource, sources: tuple[SourceConfig, ...]) -> TrainConfig:
+    """Tune LoRA of rank 128 in every product of the language model's layers, and the projector at a tenth of its rate: LLaVA-1.5."""
+    config = finetune_v15(model, sources)
+    return replace(
+        config,
+        recipe="finetune_v15_lora",
+        lora=LoraConfig(rank=128, alpha=256.0, dropout=0.05),
+        trainable=(*LORA, PROJECTOR),
+        optim=replace(config.optim, lr=2e-4, groups=(GroupConfig(pattern=PROJECTOR, lr=2e-5),)),
+    )
+
+
+def finetune_v15_qlora(model: ModelSource, sources: tuple[SourceConfig, ...]) -> TrainConfig:
+    """Tune the same over a language model of 4 bits, whose rates v1.5's scripts leave as they are for LoRA."""
+    return replace(finetune_v15_lora(model, sources), recipe="finetune_v15_qlora", quantize="nf4")
 
 
 def finetune_task(model: ModelSource, sources: tuple[SourceConfig, ...]) -> TrainConfig:
@@ -111,6 +130,7 @@ def _miniature(recipe: Recipe) -> Recipe:
             optim=replace(config.optim, lr=config.optim.lr * _FASTER, groups=groups, clip_norm=1.0),
             data=replace(config.data, tokens_per_batch=2048, max_sample_tokens=1024, window=512),
             samples_per_step=min(config.samples_per_step, 16),
+            lora=None if config.lora is None else replace(config.lora, rank=8, alpha=16.0),
         )
 
     return twin
@@ -119,7 +139,8 @@ def _miniature(recipe: Recipe) -> Recipe:
 _FASTER = 10.0
 """A small model learns at higher rates."""
 _PUBLISHED: tuple[Recipe, ...] = (
-    pretrain_v1, finetune_v1, scienceqa_v1, pretrain_v15, finetune_v15, finetune_task, finetune_v16, sft_text,
+    pretrain_v1, finetune_v1, scienceqa_v1, pretrain_v15, finetune_v15, finetune_v15_lora, finetune_v15_qlora, finetune_task, finetune_v16,
+    sft_text,
 )  # fmt: skip
 RECIPES: Mapping[str, Recipe] = {
     **{recipe.__name__: recipe for recipe in _PUBLISHED},

@@ -60,7 +60,7 @@ def run_training(config: TrainConfig, run_dir: Path, *, parallel: Parallel = Alo
     result = trainer.run()
     if parallel.rank == 0:
         write_loss_curve(run_dir / "metrics.jsonl", run_dir / "loss.png")
-    export_model(trainee, start, run_dir / EXPORT, parallel)
+    export_model(config, trainee, start, run_dir / EXPORT, parallel)
     if config.sample_answers and parallel.size == 1:  # the model of several processes is in pieces
         write_answers(trainee.core, start.processor, talks_of(sets, config.sample_answers), run_dir / "samples.md")
     return result

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from llavakit.checkpoint.adapter_save import adapter_parameters, check_adapter, write_adapter
 from llavakit.checkpoint.hf import MAX_SHARD_BYTES, write_checkpoint
 from llavakit.checkpoint.load import choose_preprocessing, load_config, load_core, load_processor
 from llavakit.checkpoint.parts import Sources
@@ -19,7 +20,7 @@ from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
-from llavakit.model.surgery import attend_by, compile_layers, freeze, recompute_layers
+from llavakit.model.surgery import add_lora, attend_by, compile_layers, freeze, quantize, recompute_layers
 from llavakit.ops.segmented import Segmented
 from llavakit.processing.chat import find_template
 from llavakit.processing.jinja import jinja_text
@@ -68,12 +69,19 @@ def find_start(config: TrainConfig) -> Start:
 
 def load_model(config: TrainConfig, start: Start, device: torch.device) -> Trainee:
     """Load the weights: what trains becomes float32, what does not the dtype of the activations. Raises: CheckpointError, ConfigError."""
-    dtype = _dtype(config)
-    core = load_core(start.folder, start.config, sources=start.sources, device=device)
+    dtype, is_quantized = _dtype(config), config.quantize != "none"
+    core = load_core(start.folder, start.config, sources=start.sources, device="cpu" if is_quantized else device)
     dtypes = {name: weight.dtype for name, weight in core.named_parameters()}
+    if is_quantized:
+        quantize(core, "nf4_nested", device)
+    if config.lora is not None:
+        add_lora(core, config.lora, torch.Generator().manual_seed(config.seed))
     freeze(core, config.trainable)
+    if config.lora is not None:
+        check_adapter(core)
     for weight in core.parameters():
-        weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
+        if weight.is_floating_point():
+            weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
     if config.recompute == "layers":
         recompute_layers(core)
     is_fast = device.type == "cuda" and dtype == torch.bfloat16
@@ -87,26 +95,32 @@ def load_model(config: TrainConfig, start: Start, device: torch.device) -> Train
     return Trainee(core, dtypes)
 
 
-def export_model(trainee: Trainee, start: Start, folder: Path, parallel: Parallel) -> None:
-    """Write the trained model in the llava-hf layout, in the dtypes of the files that it came from, unless it is there already."""
+def export_model(config: TrainConfig, trainee: Trainee, start: Start, folder: Path, parallel: Parallel) -> None:
+    """Write the trained model in the llava-hf layout, in the dtypes of the files that it came from, or its adapter in PEFT's; once."""
     if parallel.shared(folder.is_dir() and not manifest_problems(folder, check_hashes=False)):
         return
-    core, processor = trainee.core, start.processor
-    tensors = ((name, whole(weight.detach()).to(trainee.dtypes[name]).cpu()) for name, weight in core.named_parameters())
-    side = processor if isinstance(processor, LlavaProcessor) else None
+    core, own = trainee.core, {name: weight for name, (_, weight) in adapter_parameters(trainee.core).items()}
+    weights = dict(core.named_parameters()) if config.lora is None else own
+    dtypes = trainee.dtypes if config.lora is None else dict.fromkeys(own, torch.float32)
+    tensors = ((name, whole(weight.detach()).to(dtypes[name]).cpu()) for name, weight in weights.items())
     if parallel.rank == 0:
         with atomic_folder(folder, overwrite=True) as new:
-            write_checkpoint(core, new, trainee.dtypes, tensors, processor=side, source=start.folder, max_shard_bytes=MAX_SHARD_BYTES)
-            if isinstance(processor, TextProcessor):
-                _write_words(processor, new)
+            if config.lora is None:
+                write_checkpoint(core, new, dtypes, tensors, processor=None, source=start.folder, max_shard_bytes=MAX_SHARD_BYTES)
+            else:
+                write_adapter(core, config.lora, new, tensors, base=config.model.path, source=start.folder)
+            _write_processor(start.processor, new)
     else:
         for _ in tensors:  # every process takes part in gathering each
             pass
     parallel.wait()
 
 
-def _write_words(processor: TextProcessor, folder: Path) -> None:
-    """Write a language model's tokenizer and the template that it was trained in."""
+def _write_processor(processor: LlavaProcessor | TextProcessor, folder: Path) -> None:
+    """Write a processor's files, and the template that was trained."""
+    if isinstance(processor, LlavaProcessor):
+        processor.save_pretrained(folder)
+        return
     for name, data in processor.tokenizer.files().items():
         (folder / name).write_bytes(data)
     if processor.template.holds_talks:
