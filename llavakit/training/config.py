@@ -12,6 +12,7 @@ from typing import Any, Literal
 from llavakit.config import run_config_to_dict
 from llavakit.errors import ConfigError
 from llavakit.model.lora_config import LoraConfig
+from llavakit.training.preference_config import PreferenceConfig
 
 __all__ = ["DataConfig", "GroupConfig", "LoopConfig", "ModelSource", "OptimConfig", "SaveConfig", "SourceConfig", "TrainConfig"]
 
@@ -220,6 +221,8 @@ class TrainConfig:
     """Thin products that train beside frozen ones; the run then exports an adapter. What trains is trainable's to say."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4 keeps the language model's products in 4 bits, scales in 8 (QLoRA); with lora only."""
+    preference: PreferenceConfig | None = None
+    """Train on pairs of a better and a worse answer in place of answers alone; docs/preference.md has the losses."""
     epochs: float = 1.0
     """Passes through the data."""
     steps: int | None = None

@@ -94,7 +94,8 @@ class Part:
     """One set of samples of a mixture, with what is known of each before it is built."""
 
     name: str
-    samples: SampleSource
+    samples: Any
+    """A source of samples by index, of the kind that the packer takes."""
     lengths: Sequence[int]
     """Tokens of each; 0 for one that cannot train."""
     weight: float = 1.0

@@ -8,6 +8,7 @@ the whole step is the only one; a frozen tower is not sharded, so that ranks may
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Protocol, TypeVar
 
 import torch
@@ -25,6 +26,8 @@ from llavakit.model.llava import LlavaCore
 __all__ = ["Alone", "Parallel", "Ranks", "join_ranks", "whole"]
 
 T = TypeVar("T")
+_PATIENCE = timedelta(hours=1)
+"""How long the others wait for the first process, which measures rows and writes saves."""
 
 
 class Parallel(Protocol):
@@ -138,7 +141,7 @@ def join_ranks(environment: Mapping[str, str]) -> Ranks:
     store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), size, is_master=rank == 0 and not is_hosted)
     # After a restart the store still holds the addresses of the dead.
     fresh = PrefixStore(f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=fresh, rank=rank, world_size=size)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=fresh, rank=rank, world_size=size, timeout=_PATIENCE)
     return Ranks(device)
 
 

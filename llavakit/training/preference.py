@@ -21,6 +21,7 @@ from llavakit.geometry import ImageGrid
 from llavakit.model.llava import AnswerBatch
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.segments import num_common
+from llavakit.processing.text import TextProcessor
 from llavakit.training.corruption import spoilt_tiles
 from llavakit.training.preference_config import CorruptionConfig
 from llavakit.types import Conversation, Message, TextPart
@@ -102,7 +103,12 @@ class PreferenceBatch(AnswerBatch):
 
 
 def preference_sample(
-    processor: LlavaProcessor, conversation: Conversation, chosen: str, rejected: str, *, corruption: CorruptionConfig | None = None
+    processor: LlavaProcessor | TextProcessor,
+    conversation: Conversation,
+    chosen: str,
+    rejected: str,
+    *,
+    corruption: CorruptionConfig | None = None,
 ) -> PreferenceSample:
     """Build the sample of a conversation that ends with a question; corruption adds spoilt pictures where there are any.
 
@@ -111,14 +117,14 @@ def preference_sample(
     asked = processor.prompt(conversation)
     pair = encode_pair(processor, conversation, chosen, rejected, asked.grids)
     spoilt_N3SS = None
-    if corruption is not None and asked.grids:
+    if corruption is not None and asked.grids and isinstance(processor, LlavaProcessor):
         rng = random.Random(f"{corruption.seed}/{asked.digests}/{pair[0].ids}")
         spoilt_N3SS = spoilt_tiles(asked.tiles_N3SS, conversation.images, processor, corruption, rng)
     return PreferenceSample(*pair, asked.tiles_N3SS, asked.grids, spoilt_N3SS)
 
 
 def encode_pair(
-    processor: LlavaProcessor, conversation: Conversation, chosen: str, rejected: str, grids: Sequence[ImageGrid]
+    processor: LlavaProcessor | TextProcessor, conversation: Conversation, chosen: str, rejected: str, grids: Sequence[ImageGrid]
 ) -> tuple[Answered, Answered]:
     """Encode both answers to a conversation whose pictures have these grids; none is opened. Raises: DataError, PromptError."""
     asked_ids = processor.encode_chat(conversation, grids)[1].ids

@@ -6,10 +6,13 @@ Owns: run_training and the order of its parts: rows, batches, model, loop, expor
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,17 +20,21 @@ from llavakit.checkpoint.placement import choose_device
 from llavakit.config import build_run_config, run_config_to_dict
 from llavakit.logs import logger
 from llavakit.model.llava import LlamaCore, LlavaCore
+from llavakit.model.lora_layer import adapters_off
 from llavakit.ops.precision import faster_dtype
 from llavakit.storage.documents import read_json, write_json
 from llavakit.training.answers import write_answers
 from llavakit.training.config import LoopConfig, TrainConfig
 from llavakit.training.environment import environment_facts
 from llavakit.training.flops import CoreFlops, peak_flops
-from llavakit.training.objectives import COMPUTE_DTYPES, PackedLoss
+from llavakit.training.objectives import COMPUTE_DTYPES, Objective, PackedLoss
 from llavakit.training.packing import BestFitSource
+from llavakit.training.pairs import PairSource
 from llavakit.training.parallel import Alone, Parallel
+from llavakit.training.preference_loss import AdaptersOff, PreferenceLoss
+from llavakit.training.reference import ReferencedSource, ReferenceStore
 from llavakit.training.reporting import Reporter, RunReporter, write_loss_curve
-from llavakit.training.sets import open_sets, plan_batches, talks_of
+from llavakit.training.sets import RowSet, open_sets, plan_batches, talks_of
 from llavakit.training.start import export_model, find_start, load_model
 from llavakit.training.trackers import Tracked, open_trackers
 from llavakit.training.trainer import Trainer, TrainResult
@@ -48,12 +55,13 @@ def run_training(config: TrainConfig, run_dir: Path, *, parallel: Parallel = Alo
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     start = find_start(config)
-    sets = open_sets(config.data, start.processor, run_dir / "index", workers=config.workers, parallel=parallel)
-    batches = plan_batches(sets, config.data)
+    sets = open_sets(config, start.processor, run_dir / "index", parallel)
+    batches = plan_batches(sets, config)
     device = choose_device(config.device)
     config = _resolved(config, batches, device, run_dir / _CONFIG)
     trainee = load_model(config, start, device)
-    trainer = _trainer(config, trainee.core, batches, run_dir, parallel)
+    objective = _objective(config, trainee.core, sets, batches, run_dir, parallel)
+    trainer = _trainer(config, trainee.core, objective, batches, run_dir, parallel)
     if parallel.rank == 0 and not (run_dir / _CONFIG).exists():
         write_json(run_dir / _CONFIG, run_config_to_dict(config))
         write_json(run_dir / "environment.json", environment_facts(device, parallel.size))
@@ -87,7 +95,36 @@ def _microbatches(config: TrainConfig, batches: BestFitSource) -> int:
     return max(1, round(config.samples_per_step * batches.num_batches(0) / num_samples))
 
 
-def _trainer(config: TrainConfig, core: LlamaCore | LlavaCore, batches: BestFitSource, run_dir: Path, parallel: Parallel) -> Trainer:
+def _objective(
+    config: TrainConfig, core: LlamaCore | LlavaCore, sets: Sequence[RowSet], batches: BestFitSource, run_dir: Path, parallel: Parallel
+) -> Objective:
+    """Choose the loss; for pairs also what the model is held to: itself without adapters, or what it gave before training, kept."""
+    dtype = _decided_dtype(config)
+    touches_all = parallel.size > 1 and isinstance(core, LlavaCore)
+    if config.preference is None:
+        return PackedLoss(dtype, touches_all)
+    if config.lora is not None and all(fnmatch.fnmatchcase(pattern, "*.lora_*") for pattern in config.trainable):
+        return PreferenceLoss(config.preference, dtype, AdaptersOff(adapters_off), touches_all)
+    store = ReferenceStore(run_dir / "reference", core, dtype)
+    if parallel.rank == 0:
+        for one in sets:
+            assert isinstance(one.samples, PairSource), "preference runs read pairs"
+            filled = store.fill(one.samples, one.usable)
+            _LOG.info("%s: reference values of %d pairs computed, %d known", one.config.rows, filled.num_computed, filled.num_known)
+    parallel.wait()
+    values = store.read()
+    batches.parts = [replace(part, samples=ReferencedSource(part.samples, values)) for part in batches.parts]
+    return PreferenceLoss(config.preference, dtype, touches_all=touches_all)
+
+
+def _decided_dtype(config: TrainConfig) -> Literal["float32", "bfloat16"]:
+    assert config.compute_dtype != "auto", "it was decided before"
+    return config.compute_dtype
+
+
+def _trainer(
+    config: TrainConfig, core: LlamaCore | LlavaCore, objective: Objective, batches: BestFitSource, run_dir: Path, parallel: Parallel
+) -> Trainer:
     """Put the loop together."""
     loop = _loop(config, batches)
     peak = peak_flops(next(core.parameters()).device, COMPUTE_DTYPES[loop.compute_dtype]) * parallel.size
@@ -97,18 +134,17 @@ def _trainer(config: TrainConfig, core: LlamaCore | LlavaCore, batches: BestFitS
     if config.trackers and parallel.rank == 0:
         reporter = Tracked(reporter, open_trackers(config.trackers, run_dir, run_config_to_dict(config)))
     identity = {name: value for name, value in run_config_to_dict(config).items() if name not in _FREE_TO_CHANGE}
-    objective = PackedLoss(loop.compute_dtype, touches_all=parallel.size > 1 and isinstance(core, LlavaCore))
-    return Trainer(core, objective, batches, loop, reporter, run_dir, identity=identity, parallel=parallel, flops=CoreFlops(core).batch)
+    flops = CoreFlops(core).batch if config.preference is None else None
+    return Trainer(core, objective, batches, loop, reporter, run_dir, identity=identity, parallel=parallel, flops=flops)
 
 
 def _loop(config: TrainConfig, batches: BestFitSource) -> LoopConfig:
     assert config.steps is not None, "it was decided before"
-    assert config.compute_dtype != "auto", "it was decided before"
     return LoopConfig(
         steps=config.steps,
         optim=config.optim,
         trainable=config.trainable,
-        compute_dtype=config.compute_dtype,
+        compute_dtype=_decided_dtype(config),
         microbatches=_microbatches(config, batches),
         seed=config.seed,
         workers=config.workers,

@@ -14,10 +14,12 @@ from llavakit.errors import DataError
 from llavakit.logs import logger
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.text import TextProcessor
-from llavakit.training.config import DataConfig, SourceConfig
+from llavakit.training.config import SourceConfig, TrainConfig
 from llavakit.training.index import SampleIndex, build_index, index_key
-from llavakit.training.packing import BestFitSource, Part
+from llavakit.training.packing import BestFitSource, Part, pack
+from llavakit.training.pairs import PairSource
 from llavakit.training.parallel import Parallel
+from llavakit.training.preference import pack_pairs
 from llavakit.training.records import RecordSource
 from llavakit.types import Conversation
 
@@ -32,39 +34,48 @@ class RowSet:
     """One set of rows and its index."""
 
     config: SourceConfig
-    samples: RecordSource
+    samples: RecordSource | PairSource
     index: SampleIndex
 
+    @property
+    def usable(self) -> list[int]:
+        """Rows that can train."""
+        return [place for place, length in enumerate(self.index.num_tokens.tolist()) if length]
 
-def open_sets(config: DataConfig, processor: Processor, folder: Path, *, workers: int, parallel: Parallel) -> list[RowSet]:
+
+def open_sets(config: TrainConfig, processor: Processor, folder: Path, parallel: Parallel) -> list[RowSet]:
     """Open the sets and measure their rows, or find what was measured in folder; the first process measures.
 
     Raises: DataError where there are none, or more rows of one cannot train than may be left out.
     """
-    if not config.sources:
+    if not config.data.sources:
         raise DataError("a run needs rows to train on; name a file with --data")
     sets = []
-    for place, source in enumerate(config.sources):
-        samples = RecordSource(Path(source.rows), Path("." if source.images is None else source.images), processor)
-        key = index_key({"rows": samples.digest, "images": source.images, "masks": config.masks, "processor": _digest(processor)})
+    for place, source in enumerate(config.data.sources):
+        files = Path(source.rows), Path("." if source.images is None else source.images)
+        preference = config.preference
+        samples = RecordSource(*files, processor) if preference is None else PairSource(*files, processor, preference.spoils)
+        decided = {"masks": config.data.masks, "processor": _digest(processor)}
+        key = index_key({**decided, "rows": samples.digest, "images": source.images})
         own = folder / str(place)
         if parallel.rank == 0:
-            build_index(samples, own, key=key, workers=max(1, workers))
+            build_index(samples, own, key=key, workers=max(1, config.workers))
         parallel.wait()
         index = build_index(samples, own, key=key)
-        _check_share(source.rows, index, own, config.max_bad_share, is_first=parallel.rank == 0)
+        _check_share(source.rows, index, own, config.data.max_bad_share, is_first=parallel.rank == 0)
         sets.append(RowSet(source, samples, index))
     return sets
 
 
-def plan_batches(sets: Sequence[RowSet], config: DataConfig) -> BestFitSource:
+def plan_batches(sets: Sequence[RowSet], config: TrainConfig) -> BestFitSource:
     """Plan the batches of all sets by their weights. Raises: DataError where a set has no row that can train."""
-    return BestFitSource([Part(one.config.rows, one.samples, one.index.num_tokens.tolist(), one.config.weight) for one in sets], config)
+    parts = [Part(one.config.rows, one.samples, one.index.num_tokens.tolist(), one.config.weight) for one in sets]
+    return BestFitSource(parts, config.data, packer=pack if config.preference is None else pack_pairs)
 
 
 def talks_of(sets: Sequence[RowSet], count: int) -> list[Conversation]:
     """Return the first conversations that can train, from each set in turn."""
-    usable = [[place for place, length in enumerate(one.index.num_tokens.tolist()) if length] for one in sets]
+    usable = [one.usable for one in sets]
     chosen = [(one, places[turn]) for turn in range(count) for one, places in zip(sets, usable, strict=True) if turn < len(places)]
     return [one.samples.talk(place) for one, place in chosen[:count]]
 

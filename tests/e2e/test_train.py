@@ -98,6 +98,27 @@ def test_an_adapter_is_learned_beside_the_model(tmp_path: Path, model: Path, row
     assert "quantization_config" not in (folder / "export" / "adapter_config.json").read_text()
 
 
+@pytest.mark.parametrize("recipe", ["dpo", "dpo_lora"])
+def test_better_answers_are_preferred(tmp_path: Path, model: Path, rows: tuple[Path, Path], recipe: str) -> None:
+    pairs = [
+        {"image": f"{number}.png", "question": "what is there?", "chosen": ANSWER, "rejected": "a green star"}
+        for number in range(24)
+        if number % 3 != 2
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    folder = tmp_path / "run"
+    settings = ("optim.lr=3e-3", "epochs=6", "preprocess=crop", "workers=0", "sample_answers=1")
+    assert run(arguments(recipe, folder, model, (tmp_path / "pairs.json", rows[1]), *settings)) == 0
+    told = lines(folder)
+    assert told[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the model is its own reference at first
+    assert told[-1]["loss"] < 0.2
+    assert told[-1]["right"] == 1.0
+    assert told[-1]["chosen_reward"] > told[-1]["rejected_reward"]
+    # The whole model needs what it gave before; adapters are switched off instead.
+    assert (folder / "reference").is_dir() == (recipe == "dpo")
+    assert run(arguments(recipe, folder, model, (tmp_path / "pairs.json", rows[1]), *settings)) == 0
+
+
 def test_other_settings_or_rows_are_refused_where_a_run_is(tmp_path: Path, model: Path, rows: tuple[Path, Path], capsys: Any) -> None:
     folder = tmp_path / "run"
     assert run(arguments("finetune_task", folder, model, rows, *LEARNING, "steps=2")) == 0

@@ -1,0 +1,83 @@
+"""Preference rows in each form that they come in, and what is no pair."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavakit.errors import DataError
+from llavakit.training.pairs import PairSource
+from llavakit.training.preference import pack_pairs
+from llavakit.training.preference_config import CorruptionConfig
+from llavakit.world.render import render, to_png
+from llavakit.world.scenes import Backdrop, Scene
+from tests.tiny import NUM_IMAGE_TOKENS, tiny_processor
+
+QUESTION, GOOD, BAD = "what is there?", "a red circle", "two blue squares"
+TURN = {"from": "human", "value": QUESTION}
+FORMS: dict[str, dict[str, Any]] = {
+    "llava": {"conversations": [{**TURN, "value": f"<image>\n{QUESTION}"}], "chosen": GOOD, "rejected": BAD},
+    "unmarked": {"conversations": [TURN], "chosen": GOOD, "rejected": BAD},
+    "trl texts": {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD},
+    "trl messages": {
+        "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}],
+        "chosen": [{"role": "assistant", "content": GOOD}],
+        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": BAD}]}],
+    },
+    "rlhf-v": {"question": QUESTION, "chosen": GOOD, "rejected": BAD},
+    "rlhf-v nested": {"text": json.dumps({"question": QUESTION, "chosen": GOOD, "rejected": BAD})},
+}
+
+
+def source(folder: Path, rows: list[Any], corruption: CorruptionConfig | None = None) -> PairSource:
+    (folder / "a.png").write_bytes(to_png(render(Scene((), Backdrop("plain", (9, 99, 199), (0, 0, 0), 0)), 30, 20)))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return PairSource(folder / "rows.json", folder, tiny_processor(), corruption)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_the_same_pair(tmp_path: Path, form: str) -> None:
+    found = source(tmp_path, [{**FORMS[form], "image": "a.png"}, {**FORMS["llava"], "image": ["a.png"]}])
+    assert found.sample(0).chosen == found.sample(1).chosen
+    assert found.sample(0).rejected == found.sample(1).rejected
+    assert found.sample(0).grids == found.sample(1).grids
+
+
+def test_measures_are_those_of_the_sample(tmp_path: Path) -> None:
+    for corruption in (None, CorruptionConfig()):
+        found = source(tmp_path, [{**FORMS["rlhf-v"], "image": "a.png"}, FORMS["rlhf-v"]], corruption)
+        for index in range(2):
+            sample, measured = found.sample(index), found.measure(index)
+            assert measured.num_tokens == sample.num_tokens == pack_pairs([sample]).ids_T.numel()
+            assert measured.num_supervised == sum(sample.chosen.loss_mask) + sum(sample.rejected.loss_mask)
+        assert found.measure(0).num_tokens > found.measure(1).num_tokens + NUM_IMAGE_TOKENS - 1
+    assert found.talk(0).messages[-1].text == GOOD
+
+
+def test_pairs_that_cannot_train_are_measured_as_such(tmp_path: Path) -> None:
+    same, lost = {**FORMS["rlhf-v"], "rejected": GOOD}, {**FORMS["rlhf-v"], "image": "gone.png"}
+    found = source(tmp_path, [same, {**FORMS["rlhf-v"], "chosen": " "}, lost])
+    messages = [found.measure(index).problems[0].message for index in range(3)]
+    assert "are the same" in messages[0]
+    assert "the chosen answer is empty" in messages[1]
+    assert "gone.png" in messages[2]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (7, "needs chosen and rejected"),
+        ({"chosen": GOOD}, "needs chosen and rejected"),
+        ({"chosen": GOOD, "rejected": BAD}, "needs conversations, prompt or question"),
+        ({"text": "{"}, "is no JSON"),
+        ({"question": QUESTION, "chosen": 3, "rejected": BAD}, "an answer must be a text"),
+        ({"question": "<image> <image>", "image": "a.png", "chosen": GOOD, "rejected": BAD}, "2 <image> marks but 1 pictures"),
+        ({"conversations": [{"from": "gpt", "value": "hi"}], "chosen": GOOD, "rejected": BAD}, "must end with a question"),
+        ({"prompt": [{"role": "tool", "content": "x"}], "chosen": GOOD, "rejected": BAD}, "messages need a role"),
+        ({"question": QUESTION, "image": [3], "chosen": GOOD, "rejected": BAD}, "must be file names"),
+    ],
+)
+def test_what_is_no_pair_is_named(tmp_path: Path, row: Any, complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint):
+        source(tmp_path, [row])
