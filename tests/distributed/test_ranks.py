@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -29,9 +30,9 @@ def launch(run_dir: Path, *arguments: str, restarts: int = 0) -> list[float]:
     try:
         _, complaints = process.communicate(timeout=_WATCHDOG_S)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # ranks too that outlived their launcher
+        process.communicate()
     assert process.returncode == 0, complaints[-3000:]
     losses: list[float] = json.loads((run_dir / "losses.json").read_text())
     return losses
