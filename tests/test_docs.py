@@ -11,8 +11,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +52,14 @@ def blocks(page: str, text: str) -> list[Block]:
 BLOCKS = [block for page in PAGES for block in blocks(page, (ROOT / page).read_text("utf-8"))]
 COMMANDS = [(block, line) for block in BLOCKS if block.language == "bash" for line in block.text.splitlines() if line.strip()]
 SNIPPETS = [block for block in BLOCKS if block.language == "python"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_runs() -> Iterator[None]:
+    """What the pages train lies in runs/docs, which git does not see."""
+    shutil.rmtree(ROOT / "runs/docs", ignore_errors=True)
+    yield
+    shutil.rmtree(ROOT / "runs/docs", ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -58,11 +58,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Let a model answer as it did before it was adapted."""
-    layers = lora_layers(model).values()
-    for layer in layers:
-        layer.is_on = False
+    adapted = list(lora_layers(model).values())
+    for product in adapted:
+        product.is_on = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.is_on = True
+        for product in adapted:
+            product.is_on = True

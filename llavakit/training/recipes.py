@@ -16,7 +16,7 @@ from llavakit.model.lora_config import LoraConfig
 from llavakit.training.config import DataConfig, GroupConfig, ModelSource, OptimConfig, SourceConfig, TrainConfig
 from llavakit.training.preference_config import PreferenceConfig
 
-__all__ = ["RECIPES", "Recipe", "find_recipe"]
+__all__ = ["LORA", "RECIPES", "Recipe", "find_recipe"]
 
 Recipe = Callable[[ModelSource, tuple[SourceConfig, ...]], TrainConfig]
 LORA = ("*.lora_A", "*.lora_B")
