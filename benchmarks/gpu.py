@@ -3,6 +3,8 @@
 decode       one and 32 sequences of 640 tokens, bfloat16: the median step with CUDA graphs, beside the engine without them and transformers
              over its growing cache; one also beside transformers compiled (mode reduce-overhead) over its static cache
 throughput   128 requests of 600 to 700 tokens that want 16 to 128 more, beside transformers' generate in padded batches
+train        a step on 16 samples of 576 image tokens and 24 to 400 of an answer: the projector alone, and LoRA of rank 16 in every product:
+             samples per second, share of the peak (tower included, no padding), memory
 quantised    pictures and questions to the whole LLaVA in int8 and NF4 on a card of which only 16 GB are free: memory and tokens per second
 
 Prompts are ready on both sides. Run: python -m benchmarks.gpu [--parts decode ...] [--rounds 3]
@@ -34,10 +36,18 @@ from llavakit.engine.request import Request, Terms
 from llavakit.model.config import LlamaConfig
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
-from llavakit.model.surgery import quantize
+from llavakit.model.lora_config import LoraConfig
+from llavakit.model.surgery import add_lora, attend_by, compile_layers, freeze, quantize, recompute_layers
 from llavakit.model.vision_config import ClipVisionConfig
 from llavakit.ops.pages import PAGE
+from llavakit.ops.segmented import Segmented
 from llavakit.processing.processor import LlavaProcessor, Prompt
+from llavakit.training.config import DataConfig, OptimConfig
+from llavakit.training.data import Sample, moved
+from llavakit.training.flops import CoreFlops, peak_flops
+from llavakit.training.optim import build_optimizers
+from llavakit.training.packing import BestFitSource, Part
+from llavakit.training.recipes import LORA
 from llavakit.types import Conversation, SamplingParams
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import draw_scene
@@ -50,7 +60,12 @@ CUDA = torch.device("cuda")
 
 def main() -> int:
     """Measure the parts asked for, and record them beside those of earlier runs."""
-    parts: Mapping[str, Callable[[int], dict[str, Any]]] = {"decode": decode, "throughput": throughput, "quantised": quantised}
+    parts: Mapping[str, Callable[[int], dict[str, Any]]] = {
+        "decode": decode,
+        "throughput": throughput,
+        "quantised": quantised,
+        "train": train,
+    }
     parser = argparse.ArgumentParser()
     parser.add_argument("--parts", nargs="*", choices=parts, default=list(parts))
     parser.add_argument("--rounds", type=int, default=3)
@@ -250,6 +265,71 @@ def quantised(rounds: int) -> dict[str, Any]:
         }
         del llm, core, ballast
     return rows
+
+
+def train(rounds: int) -> dict[str, Any]:
+    """Steps of packed batches of 8,192 tokens: the median of so many after the first two, which compile."""
+    rows: dict[str, Any] = {}
+    for kind in ("projector", "lora"):
+        llama.cache_clear()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        core = llava().to(CUDA)
+        if kind == "lora":
+            add_lora(core, LoraConfig(rank=16, alpha=32.0), torch.Generator().manual_seed(0))
+        freeze(core, ("multi_modal_projector.*",) if kind == "projector" else LORA)
+        for weight in core.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+        recompute_layers(core)
+        attend_by(core, Segmented)
+        compile_layers(core)
+        source = BestFitSource([Part("rows", Rows576(core), Rows576.lengths())], DataConfig(tokens_per_batch=8192, max_sample_tokens=2048))
+        batches = [moved(source.batch(number).batch, CUDA) for number in range(source.num_batches(0))]
+        optimizers = build_optimizers(
+            {name: weight for name, weight in core.named_parameters() if weight.requires_grad}, OptimConfig(lr=1e-4)
+        )
+        seconds = []
+        for _ in range(2 + 2 * rounds):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for batch in batches:
+                core.loss_packed(batch, dtype=torch.bfloat16).sum.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        median = statistics.median(seconds[2:])
+        flops = sum(CoreFlops(core).batch(source.batch(number).batch) for number in range(len(batches)))
+        rows[f"train {kind}"] = {
+            "first_s": round(seconds[0], 1),
+            "step_s": round(median, 3),
+            "samples_per_s": round(len(Rows576.lengths()) / median, 2),
+            "mfu": round(flops / median / peak_flops(CUDA, torch.bfloat16), 3),
+            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+        }
+        print(rows, file=sys.stderr, flush=True)
+        del core, optimizers, batches
+    return rows
+
+
+class Rows576:
+    """Sixteen samples with a picture each, and answers of drawn lengths."""
+
+    def __init__(self, core: LlavaCore) -> None:
+        self.grid, self.image = core.config.image_grid, core.config.image_token_index
+
+    @staticmethod
+    def lengths() -> list[int]:
+        draw = random.Random(0)
+        return [1 + 576 + 20 + draw.randint(24, 400) for _ in range(16)]
+
+    def sample(self, index: int) -> Sample:
+        length, draw = self.lengths()[index], random.Random(index)
+        ids = (1, *[self.image or 0] * 576, *(draw.randrange(3, 32000) for _ in range(length - 577)))
+        tiles = torch.rand(1, 3, 336, 336, generator=torch.Generator().manual_seed(index))
+        return Sample(ids, (False,) * 597 + (True,) * (length - 597), tiles, (self.grid,))
 
 
 def llava() -> LlavaCore:
