@@ -85,7 +85,8 @@ def load_model(config: TrainConfig, start: Start, device: torch.device) -> Train
     if config.recompute == "layers":
         recompute_layers(core)
     is_fast = device.type == "cuda" and dtype == torch.bfloat16
-    is_compiled = config.compilation == "layers" or (config.compilation == "auto" and is_fast)
+    # Pairs attend behind prompts that they share, of which no operator knows.
+    is_compiled = config.preference is None and (config.compilation == "layers" or (config.compilation == "auto" and is_fast))
     if is_compiled and device.type == "cuda" and not is_fast:
         raise ConfigError("compiled layers need compute_dtype bfloat16 on CUDA, whose attention kernel has no float32; or compilation none")
     if is_compiled or is_fast:
