@@ -7,12 +7,14 @@ weights may be float32 while activations are bfloat16; there is no autocast. The
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llavakit.ops.matmul import PackedWeight
-from llavakit.ops.quantize.weights import Quantized
+from llavakit.ops.quantize.weights import Quantized, dense
 
 __all__ = ["Embedding", "LayerNorm", "Linear", "PackedLinear", "QuantizedLinear", "RMSNorm"]
 
@@ -56,17 +58,49 @@ class PackedLinear(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """A product with a weight of small integers, which is made dense for the time of each use: inference only."""
+    """A product with a frozen weight of small integers, which is made dense for the time of each use, in backward again.
+
+    Its parts are frozen parameters, and tables that no checkpoint holds, all of them integers: what casts a model, or shards it, moves
+    them and rounds nothing. Gradients reach the input and the bias.
+    """
 
     def __init__(self, weight: Quantized, bias: Tensor | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.quantized, self.bias = weight, bias
+        self.shape = self.out_features, self.in_features = weight.shape
+        stored, tables = weight.stored(), weight.tables()
+        self.part_names = (*stored, *tables)
+        for name, part in stored.items():
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply; the result has the input's dtype."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.quantized.dense(input.dtype), bias)
+        parts = [getattr(self, name) for name in self.part_names]
+        output: Tensor = _QuantizedProduct.apply(input, bias, self.shape, self.part_names, *parts)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """x w^T + bias, which keeps the parts of w for the backward pass, not w."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, shape: tuple[int, int], names: tuple[str, ...], *parts: Tensor) -> Tensor:
+        ctx.shape, ctx.names, ctx.dtype = shape, names, input.dtype
+        ctx.save_for_backward(*parts)
+        return F.linear(input, dense(dict(zip(names, parts, strict=True)), shape, input.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        grad_input = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = grad @ dense(dict(zip(ctx.names, ctx.saved_tensors, strict=True)), ctx.shape, ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        return grad_input, grad_bias, None, None, *(None for _ in ctx.names)
 
 
 class RMSNorm(nn.Module):

@@ -7,6 +7,7 @@ modules.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from llavakit.model.linear import Linear, PackedLinear, QuantizedLinear
 from llavakit.model.lora import AdaptedLinear, Adapting
 from llavakit.model.projector import MultiModalProjector
 from llavakit.ops.gate import steady_gate
-from llavakit.ops.quantize.weights import KINDS
+from llavakit.ops.quantize.weights import KINDS, quantize_nf4
 
 __all__ = ["TrainableRow", "adapt", "freeze", "fuse", "init_projector", "init_weights", "quantize", "resize_vocabulary", "resized_rows"]
 
@@ -100,15 +101,19 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> bool:
     return all(steady)
 
 
-def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
+def quantize(model: nn.Module, kind: str, device: torch.device, *, has_double_scales: bool = False) -> None:
     """Store the products of a decoder's layers as small integers ("int8" or "nf4") on a device, one after another, and move the rest there.
 
-    Tower, projector, embedding and head keep their dtype. The model can neither train nor be saved afterwards.
+    Tower, projector, embedding and head keep their dtype, and the config stays as it is. The products are frozen from then on: what trains
+    stands beside them (add_lora). has_double_scales stores the scales of nf4 in 8 bits, as QLoRA does. Raises: ConfigError.
     """
+    if kind not in KINDS or (has_double_scales and kind != "nf4"):
+        raise ConfigError(f"products are stored as {' or '.join(KINDS)}, with double scales as nf4; got {kind!r}, {has_double_scales=}")
+    pack = functools.partial(quantize_nf4, is_double=True) if has_double_scales else KINDS[kind]
 
     def quantized(_: str, child: Linear) -> QuantizedLinear:
         bias = None if child.bias is None else child.bias.detach().to(device)
-        return QuantizedLinear(KINDS[kind](child.weight.detach().to(device)), bias)
+        return QuantizedLinear(pack(child.weight.detach().to(device)), bias)
 
     for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
         _replace(layer, (Linear,), quantized)
