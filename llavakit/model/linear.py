@@ -97,10 +97,16 @@ class _QuantizedProduct(torch.autograd.Function):
         (grad,) = grads
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = grad @ dense(dict(zip(ctx.names, ctx.saved_tensors, strict=True)), ctx.shape, ctx.dtype)
+            parts = map(_disguised, ctx.saved_tensors)
+            grad_input = grad @ dense(dict(zip(ctx.names, parts, strict=True)), ctx.shape, ctx.dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.flatten(0, -2).sum(0)
         return grad_input, grad_bias, None, None, *(None for _ in ctx.names)
+
+
+def _disguised(part: Tensor) -> Tensor:
+    """Return the same integers in a way that a compiler does not see through: it would keep the dense weight that forward made of them."""
+    return part | 0
 
 
 class RMSNorm(nn.Module):

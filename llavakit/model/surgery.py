@@ -1,7 +1,7 @@
 """Changing a built model: fresh weights, which of them train, and what makes it ready to run.
 
-Owns: init_weights, init_projector, freeze, resize_vocabulary, resized_rows, fuse, quantize and adapt; nothing else may touch a model's
-modules.
+Owns: init_weights, init_projector, freeze, resize_vocabulary, resized_rows, fuse, quantize, add_lora, merge_lora and adapt; nothing else
+may touch a model's modules.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,25 @@ from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import DecoderLayer, RowParallelLinear, SwiGlu, TokenEmbedding
 from llavakit.model.linear import Linear, PackedLinear, QuantizedLinear
 from llavakit.model.lora import AdaptedLinear, Adapting
+from llavakit.model.lora_config import LoraConfig
+from llavakit.model.lora_linear import LoraLinear
 from llavakit.model.projector import MultiModalProjector
 from llavakit.ops.gate import steady_gate
 from llavakit.ops.quantize.weights import KINDS, quantize_nf4
 
-__all__ = ["TrainableRow", "adapt", "freeze", "fuse", "init_projector", "init_weights", "quantize", "resize_vocabulary", "resized_rows"]
+__all__ = [
+    "TrainableRow",
+    "adapt",
+    "add_lora",
+    "freeze",
+    "fuse",
+    "init_projector",
+    "init_weights",
+    "merge_lora",
+    "quantize",
+    "resize_vocabulary",
+    "resized_rows",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +80,7 @@ def init_projector(projector: MultiModalProjector, generator: torch.Generator) -
 def freeze(model: nn.Module, trainable: Sequence[str]) -> list[TrainableRow]:
     """Let only parameters train whose name matches one of the patterns (shell wildcards).
 
-    Returns a row per pattern. Raises: ConfigError when a pattern matches nothing.
+    Returns a row per pattern. Raises: ConfigError when a pattern matches nothing, or parts of a packed weight, which cannot train.
     """
     parameters = dict(model.named_parameters())
     rows = []
@@ -74,6 +88,8 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[TrainableRow]:
         matched = [weight for name, weight in parameters.items() if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             raise ConfigError(f"no parameter matches {pattern!r}; names look like {next(iter(parameters))!r}")
+        if packed := [name for name, weight in parameters.items() if fnmatch.fnmatchcase(name, pattern) and not weight.is_floating_point()]:
+            raise ConfigError(f"{pattern!r} matches {packed[0]!r}, packed codes that cannot train; '*.lora_?' are the factors beside them")
         rows.append(TrainableRow(pattern, len(matched), sum(weight.numel() for weight in matched)))
     for name, weight in parameters.items():
         weight.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in trainable))
@@ -118,6 +134,50 @@ def quantize(model: nn.Module, kind: str, device: torch.device, *, has_double_sc
     for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
         _replace(layer, (Linear,), quantized)
     model.to(device)
+
+
+def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator) -> list[str]:
+    """Put trainable factors beside each product that config.targets match, freezing its weight, and return the products' paths.
+
+    freeze sees them as PATH.lora_A and PATH.lora_B, and the weight as PATH.base.weight; a head is no target, since losses read its weight
+    and not its product. Raises: ConfigError, before anything is changed, when a target matches nothing, or anything but a loaded product.
+    """
+    modules = dict(model.named_modules())
+    paths: dict[str, None] = {}
+    for target in config.targets:
+        matched = [path for path in modules if fnmatch.fnmatchcase(path, target)]
+        if not matched:
+            raise ConfigError(f"no module matches lora.targets {target!r}; names look like {_some_product(modules)!r}")
+        for path in matched:
+            if not isinstance(modules[path], Linear | QuantizedLinear) or path.rpartition(".")[2] == "lm_head":
+                kind = type(modules[path]).__name__
+                raise ConfigError(f"lora.targets {target!r} matches {path!r}, a {kind}; only products other than the head get factors")
+            if next(modules[path].parameters()).is_meta:
+                raise ConfigError(f"{path!r} has no weight yet; load the model before factors are added")
+        paths |= dict.fromkeys(matched)
+    for path in (path for path in modules if path in paths):
+        model.set_submodule(path, LoraLinear(modules[path], config, generator))
+    return [path for path in modules if path in paths]
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Put back the products that add_lora changed, with the factors in their weights; they stay frozen. Raises: ConfigError.
+
+    Packed weights cannot take them.
+    """
+    adapted = [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLinear)]
+    if packed := [path for path, module in adapted if isinstance(module.base, QuantizedLinear)]:
+        raise ConfigError(f"{packed[0]!r} is packed and cannot take factors; save them as an adapter, and merge it into the dense model")
+
+    def merged(_: str, child: LoraLinear) -> nn.Module:
+        child.base.weight = nn.Parameter(child.merged_weight(), requires_grad=False)
+        return child.base
+
+    _replace(model, (LoraLinear,), merged)
+
+
+def _some_product(modules: Mapping[str, nn.Module]) -> str:
+    return next((path for path, module in modules.items() if isinstance(module, Linear | QuantizedLinear)), "")
 
 
 def adapt(model: nn.Module) -> Adapting:

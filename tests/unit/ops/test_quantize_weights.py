@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: levels stay levels, errors stay within half a step, NF4 and its scales of 8 bits are bitsandbytes' byte for byte.
+"""Weights in 8 and 4 bits: levels stay levels, errors stay within half a step, NF4 and its 8-bit scales are bitsandbytes' byte for byte.
 
 Products with them give gradients to what is before them, and keep no dense weight.
 """
