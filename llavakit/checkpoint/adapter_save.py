@@ -1,7 +1,7 @@
 """LoRA that was trained here: PEFT's folder for the classes of transformers, written and read back.
 
 Owns: save_adapter, restore_adapter. Refuses: what PEFT cannot hold (parameters that are no module's weight or bias, weights that train
-beside their own factors).
+beside their own factors, a table that embedding and head share).
 Invariants: all factors and every other parameter that trains are in the folder with their bits, and nothing else is; modules are named by
 their whole paths; reading back fills all of them or none. How the frozen weights are stored, dense or packed, is not said: an adapter does
 not depend on it.
@@ -46,12 +46,11 @@ def save_adapter(
     the destination exists and overwrite is False (an empty folder may).
     """
     config, places = _config(core), class_places(core)
-    tied = tied_names(core)
-    trained = {name: weight.detach() if weights is None else weights[tied.get(name, name)] for name, weight in _trained(core).items()}
+    trained = {name: weight.detach() if weights is None else weights[name] for name, weight in _trained(core).items()}
     whole = [name for name in trained if not _is_factor(name)]
     adapted = sorted({places[name][0] for name in trained if _is_factor(name)})
     saved = sorted({places[name][0] for name in whole})
-    if problems := _own_factors_problems(core, whole) + whole_problems(saved, places, whole):
+    if problems := _problems(core, whole) + whole_problems(saved, places, whole):
         raise ConfigError(f"what trains cannot be an adapter: {'; '.join(shortened(problems))}")
     named = {ADAPTER_PREFIX + ".".join(places[name]) + (".weight" if _is_factor(name) else ""): name for name in trained}
     specs = {stored: (trained[name].dtype, tuple(trained[name].shape)) for stored, name in named.items()}
@@ -87,15 +86,16 @@ def restore_adapter(core: _Core, folder: Path) -> None:
 
 
 def _trained(core: _Core) -> dict[str, Tensor]:
-    """Return the factors and what else trains by our names, shared weights by all of theirs."""
-    weights = core.named_parameters(remove_duplicate=False)
-    return {name: weight for name, weight in weights if weight.requires_grad or _is_factor(name)}
+    """Return the factors and what else trains, by our names."""
+    return {name: weight for name, weight in core.named_parameters() if weight.requires_grad or _is_factor(name)}
 
 
-def _own_factors_problems(core: _Core, whole: Sequence[str]) -> list[str]:
-    """List what trains beside its own factors."""
+def _problems(core: _Core, whole: Sequence[str]) -> list[str]:
+    """List what trains beside its own factors, or in two places at once."""
     paths = {path for path, module in core.named_modules() if isinstance(module, LoraLinear)}
-    return [f"{name} trains beside its own factors; freeze it" for name in whole if name.rpartition(".base.")[0] in paths]
+    shared = {owner: name for name, owner in tied_names(core).items()}
+    doubled = [f"{name} trains beside its own factors; freeze it" for name in whole if name.rpartition(".base.")[0] in paths]
+    return doubled + [f"{name} trains, which is {shared[name]} as well; freeze it" for name in whole if name in shared]
 
 
 def _is_factor(name: str) -> bool:
