@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from llavakit.config import build_run_config
 from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import DecoderLayer, rope_spec
@@ -146,6 +147,13 @@ def test_factors_are_added_once_and_to_weights_that_are_there() -> None:
 def test_settings_are_checked(values: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         LoraConfig(**{"rank": 4, "alpha": 8.0, **values})
+
+
+def test_settings_are_read_from_a_table_and_scale_by_the_rank() -> None:
+    values = {"rank": 16, "alpha": 8, "targets": ["*.q_proj"]}
+    assert build_run_config(LoraConfig, values) == LoraConfig(rank=16, alpha=8.0, targets=("*.q_proj",))
+    assert build_run_config(LoraConfig, values).scale == 0.5
+    assert build_run_config(LoraConfig, {**values, "is_rank_stabilized": True}).scale == 2.0
 
 
 def test_packed_codes_cannot_be_told_to_train() -> None:
