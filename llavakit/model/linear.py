@@ -100,7 +100,7 @@ class _QuantizedProduct(torch.autograd.Function):
             parts = map(_disguised, ctx.saved_tensors)
             grad_input = grad @ dense(dict(zip(ctx.names, parts, strict=True)), ctx.shape, ctx.dtype)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.flatten(0, -2).sum(0)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_input, grad_bias, None, None, *(None for _ in ctx.names)
 
 
