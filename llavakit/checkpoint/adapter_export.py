@@ -1,7 +1,7 @@
 """An adapter that stays one: PEFT's folder for the classes of transformers, from one that was trained in any class.
 
-Owns: export_adapter, and where a module stands in transformers' classes. Refuses: merging and casting; what PEFT cannot hold (parameters
-that are no module's weight or bias).
+Owns: export_adapter; class_places and whole_problems, which hold for any adapter that is written. Refuses: merging and casting; what PEFT
+cannot hold (parameters that are no module's weight or bias).
 Invariants: every tensor keeps its bits; the settings name the very modules that the adapter changed, by their whole paths, whatever
 suffixes, patterns or layers they were written with; what was trained beside the adapter becomes modules_to_save.
 Source: peft's get_peft_model_state_dict and set_peft_model_state_dict (names), check_target_module_exists and get_pattern_key (settings).
@@ -10,7 +10,7 @@ Source: peft's get_peft_model_state_dict and set_peft_model_state_dict (names), 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from llavakit.checkpoint.load import build_core, load_config
 from llavakit.checkpoint.parts import Part, Sources, is_adapter, open_adapter
 from llavakit.checkpoint.rules import Layout
 from llavakit.errors import CheckpointError, ConfigError, shortened
-from llavakit.model.llava import LlavaCore
+from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.storage.documents import write_json
 from llavakit.storage.folder import new_folder
 from llavakit.storage.tensors import TensorSource, write_file
 
-__all__ = ["export_adapter", "module_and_leaf"]
+__all__ = ["class_places", "export_adapter", "whole_problems"]
 
 _SUFFIXES = {
     "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B",
@@ -52,9 +52,8 @@ def export_adapter(source: Path, destination: Path, sources: Sources, *, hashes:
     with open_adapter(source, core, sources) as (adapter, trained):
         shapes = {name: tuple(weight.shape) for name, weight in core.named_parameters(remove_duplicate=False)}
         whole, problems = _whole(adapter, trained, shapes)
-        layout = LLAVA_MODULES if isinstance(core, LlavaCore) else LLAMA
-        export = _Export(adapter, {name: module_and_leaf(layout, name) for name in shapes}, whole)
-        problems = problems or export.problems()
+        export = _Export(adapter, class_places(core), whole)
+        problems = problems or whole_problems(export.saved, export.places, whole)
         if problems:
             raise CheckpointError(f"the adapter cannot be written for transformers' class: {'; '.join(shortened(problems))}")
         tensors = export.tensors()
@@ -66,6 +65,19 @@ def export_adapter(source: Path, destination: Path, sources: Sources, *, hashes:
                 write_file(folder / ADAPTER_WEIGHTS, specs, ((name, file.read(stored)) for name, (file, stored) in tensors.items()))
                 write_adapter_terms(folder, destination.name, settings["base_model_name_or_path"], find_origins([source]))
     return list(tensors)
+
+
+def class_places(core: LlamaCore | LlavaCore) -> dict[str, tuple[str, str]]:
+    """Return the module of each weight in transformers' class, and what it is in it; by our names, shared weights by all of theirs."""
+    layout = LLAVA_MODULES if isinstance(core, LlavaCore) else LLAMA
+    return {name: _module_and_leaf(layout, name) for name, _ in core.named_parameters(remove_duplicate=False)}
+
+
+def whole_problems(saved: Collection[str], places: Mapping[str, tuple[str, str]], whole: Collection[str]) -> list[str]:
+    """List what modules_to_save cannot say: PEFT wants all of a module, and no parameter that is none's weight or bias."""
+    parts = [(target, module, leaf) for target, (module, leaf) in places.items() if module in saved]
+    strange = [f"{target}, trained whole, is no module's weight or bias" for target, _, leaf in parts if leaf not in _LEAVES]
+    return strange + [f"{module} was trained whole without its {leaf}" for target, module, leaf in parts if target not in whole]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +101,6 @@ class _Export:
         has_biases = self.adapter.config.get("bias", "none") != "none"
         places = [self.places[target] for target in self.whole]
         return sorted({module for module, leaf in places if not (has_biases and leaf == "bias")} - set(self.adapted))
-
-    def problems(self) -> list[str]:
-        """List what modules_to_save cannot say: PEFT wants all of a module, and no parameter that is none's weight or bias."""
-        saved = self.saved
-        parts = [(target, module, leaf) for target, (module, leaf) in self.places.items() if module in saved]
-        strange = [f"{target}, trained whole, is no module's weight or bias" for target, _, leaf in parts if leaf not in _LEAVES]
-        return strange + [f"{module} was trained whole without its {leaf}" for target, module, leaf in parts if target not in self.whole]
 
     def tensors(self) -> dict[str, _Place]:
         """Return where each tensor comes from, by its new name."""
@@ -142,8 +147,7 @@ def _whole(adapter: Adapter, trained: Sequence[Part], shapes: Mapping[str, tuple
     return found, problems
 
 
-def module_and_leaf(layout: Layout, name: str) -> tuple[str, str]:
-    """Return the module of a weight in the layout's class, and what it is in it."""
+def _module_and_leaf(layout: Layout, name: str) -> tuple[str, str]:
     found = layout.source(name)
     assert found is not None, "the layout names every tensor of ours"
     module, _, leaf = found.rpartition(".")

@@ -115,6 +115,12 @@ class Adapter:
         """Return lora_alpha of a changed module."""
         return _by_pattern(self.config.get("alpha_pattern"), change.path, self.config.get("lora_alpha", 8))
 
+    def scale(self, change: Change) -> float:
+        """Return the factor of the product that a change adds."""
+        rank = self.rank(change)
+        assert rank is not None, "it adds one"
+        return float(self.alpha(change)) / (rank**0.5 if self.config.get("use_rslora") else rank)
+
     def apply(self, target: str, weight: Tensor) -> Tensor:
         """Return a weight with the adapter in it, in its own dtype."""
         change = self.changes.get(target)
@@ -136,7 +142,7 @@ class Adapter:
         """Read the factors a_RI and b_OR of a weight's sum, float32, the scale in b."""
         change = self.changes[target]
         a_RI, b_OR = (self.tensors.read(change.names[kind]).float() for kind in _PAIRS[0])
-        return a_RI, b_OR * self._scale(change, a_RI.shape[0])
+        return a_RI, b_OR * self.scale(change)
 
     def close(self) -> None:
         """Close the file."""
@@ -145,10 +151,7 @@ class Adapter:
     def _product(self, change: Change, pair: tuple[str, str]) -> Tensor:
         a_RI, b_OR = (self.tensors.read(change.names[kind]).float() for kind in pair)
         product = b_OR @ a_RI
-        return (product.T if pair == _EMBEDDING else product) * self._scale(change, a_RI.shape[0])
-
-    def _scale(self, change: Change, rank: int) -> float:
-        return float(self.alpha(change)) / (rank**0.5 if self.config.get("use_rslora") else rank)
+        return (product.T if pair == _EMBEDDING else product) * self.scale(change)
 
     def _misfits(self, change: Change, pair: tuple[str, str], shape: tuple[int, ...]) -> list[str]:
         """List what the factors of a weight of that shape, and its magnitudes, have against it or each other."""

@@ -136,7 +136,7 @@ def write_adapter_terms(folder: Path, name: str, base: str | None, origins: Sequ
     sections = [
         f"# {name}",
         f"A LoRA adapter for {base or 'a model that its files do not name'}, as PEFT reads it over transformers' classes.",
-        _made_of(origins),
+        *([_made_of(origins)] if origins else []),
         f"## Licence\n\n{_terms(licence)}",
     ]
     (folder / "README.md").write_text(_yaml(values) + "\n\n".join(sections) + "\n", encoding="utf-8")
@@ -243,7 +243,7 @@ def _yaml(values: Mapping[str, Any]) -> str:
 
 def _made_of(origins: Iterable[Origin]) -> str:
     lines = [f"- {origin.name}: {_terms(origin.licence)}" for origin in origins]
-    return "## Made of\n\nConverted by llavakit from these, each with its terms:\n\n" + "\n".join(lines)
+    return "## Made of\n\nMade by llavakit from these, each with its terms:\n\n" + "\n".join(lines)
 
 
 def _introduction(facts: CardFacts) -> str:

@@ -1,7 +1,7 @@
 """LoRA adapters for use beside a loaded model.
 
-Owns: load_lora, from a PEFT folder to a Lora whose modules are the model's. What cannot be added to a product's result at run time (weights
-that are replaced, embeddings, the head, magnitudes of DoRA) is refused with the way out: merging.
+Owns: load_lora, from a PEFT folder to a Lora whose modules are the model's, and open_for_core. What cannot be added to a product's result
+at run time (weights that are replaced, embeddings, the head, magnitudes of DoRA) is refused with the way out: merging.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.lora import AdaptedLinear, Lora
 from llavakit.storage.hub import resolve_model
 
-__all__ = ["load_lora"]
+__all__ = ["load_lora", "open_for_core"]
 
 
 def load_lora(source: str | Path, core: LlamaCore | LlavaCore, *, revision: str | None = None, allow_pickle: bool = False) -> Lora:
@@ -25,7 +25,7 @@ def load_lora(source: str | Path, core: LlamaCore | LlavaCore, *, revision: str 
     Raises: CheckpointError for one that does not fit the model, or changes more than products.
     """
     folder = resolve_model(source, revision=revision, allow_pickle=allow_pickle)
-    adapter = _open(folder, core, allow_pickle=allow_pickle)
+    adapter = open_for_core(folder, core, allow_pickle=allow_pickle)
     try:
         shapes = {f"{module.name}.weight": module.shape for module in core.modules() if isinstance(module, AdaptedLinear)}
         unfit = [change.path for target, change in adapter.changes.items() if target not in shapes or not change.is_sum]
@@ -43,7 +43,7 @@ def load_lora(source: str | Path, core: LlamaCore | LlavaCore, *, revision: str 
         adapter.close()
 
 
-def _open(folder: Path, core: LlamaCore | LlavaCore, *, allow_pickle: bool) -> Adapter:
+def open_for_core(folder: Path, core: LlamaCore | LlavaCore, *, allow_pickle: bool) -> Adapter:
     """Open an adapter with the names that modules have in the class in which it was trained. Raises: CheckpointError."""
     layouts: list[Layout] = [LLAVA_HF, original_layout(core.config.projector_depth)] if isinstance(core, LlavaCore) else [LLAMA]
     for layout in layouts[:-1]:

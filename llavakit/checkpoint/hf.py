@@ -21,8 +21,10 @@ from llavakit.checkpoint.placement import WEIGHT_KEYS, common_dtype_name
 from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import LlamaDecoder, TokenEmbedding
+from llavakit.model.linear import QuantizedLinear
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.llava_config import LlavaConfig
+from llavakit.model.lora_linear import LoraLinear
 from llavakit.storage.documents import read_optional_json, write_json
 from llavakit.storage.folder import atomic_folder
 from llavakit.storage.tensors import write_tensors
@@ -92,6 +94,8 @@ def write_checkpoint(
     """Write a model whose weights come one by one, in the order of its parameters; it may itself lie on the meta device."""
     specs = {name: (dtypes[name], tuple(weight.shape)) for name, weight in model.named_parameters()}
     config = _config(model)
+    if changed := [type(module).__name__ for module in model.modules() if isinstance(module, LoraLinear | QuantizedLinear)]:
+        raise ConfigError(f"a model with a {changed[0]} is no checkpoint: surgery.merge_lora takes factors in, packed weights stay unsaved")
     if isinstance(config, LlavaConfig) and config.image_token_index is None:
         raise ConfigError("the llava-hf layout needs a row for pictures: add a token, resize the embedding, set config.image_token_index")
     write_json(folder / "config.json", _config_values(config, _architecture(model), [dtype for dtype, _ in specs.values()]))

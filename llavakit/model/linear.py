@@ -7,12 +7,14 @@ weights may be float32 while activations are bfloat16; there is no autocast. The
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llavakit.ops.matmul import PackedWeight
-from llavakit.ops.quantize.weights import Quantized, quantized_product
+from llavakit.ops.quantize.weights import Quantized, dense
 
 __all__ = ["Embedding", "LayerNorm", "Linear", "PackedLinear", "QuantizedLinear", "RMSNorm"]
 
@@ -56,34 +58,55 @@ class PackedLinear(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """A product with a frozen weight of small integers, which is made dense for the time of each use; gradients pass through it.
+    """A product with a frozen weight of small integers, which is made dense for the time of each use, in backward again.
 
-    What belongs to the weight is parameters of bytes, scales too: whoever casts or shards a model cannot round them.
+    Its parts are frozen parameters, and tables that no checkpoint holds, all of them integers: what casts a model, or shards it, moves
+    them and rounds nothing. Gradients reach the input and the bias.
     """
 
     def __init__(self, weight: Quantized, bias: Tensor | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.kind = weight.kind
-        self._floats = {name: tensor.shape for name, tensor in weight.tensors.items() if tensor.dtype == torch.float32}
-        self._names = tuple(weight.tensors)
-        for name, tensor in weight.tensors.items():
-            stored = tensor.contiguous().view(-1).view(torch.uint8) if name in self._floats else tensor
-            self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-    @property
-    def quantized(self) -> Quantized:
-        """The weight."""
-        stored = {name: self.get_parameter(name).data for name in self._names}
-        tensors = {
-            name: tensor.view(torch.float32).view(self._floats[name]) if name in self._floats else tensor for name, tensor in stored.items()
-        }
-        return Quantized(self.kind, (self.out_features, self.in_features), tensors)
+        self.shape = self.out_features, self.in_features = weight.shape
+        stored, tables = weight.stored(), weight.tables()
+        self.part_names = (*stored, *tables)
+        for name, part in stored.items():
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply; the result has the input's dtype."""
-        return quantized_product(input, self.quantized, None if self.bias is None else self.bias.to(input.dtype))
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        parts = [getattr(self, name) for name in self.part_names]
+        output: Tensor = _QuantizedProduct.apply(input, bias, self.shape, self.part_names, *parts)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """x w^T + bias, which keeps the parts of w for the backward pass, not w."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, shape: tuple[int, int], names: tuple[str, ...], *parts: Tensor) -> Tensor:
+        ctx.shape, ctx.names, ctx.dtype = shape, names, input.dtype
+        ctx.save_for_backward(*parts)
+        return F.linear(input, dense(dict(zip(names, parts, strict=True)), shape, input.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        grad_input = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            parts = map(_disguised, ctx.saved_tensors)
+            grad_input = grad @ dense(dict(zip(ctx.names, parts, strict=True)), ctx.shape, ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_input, grad_bias, None, None, *(None for _ in ctx.names)
+
+
+def _disguised(part: Tensor) -> Tensor:
+    """Return the same integers in a way that a compiler does not see through: it would keep the dense weight that forward made of them."""
+    return part | 0
 
 
 class RMSNorm(nn.Module):

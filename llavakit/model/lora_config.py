@@ -1,6 +1,6 @@
-"""What LoRA adds to a model. Refuses: torch.
+"""Which products get low-rank factors to train, and of what size.
 
-Owns: LoraConfig and the modules that LLaVA-1.5 adapts.
+Owns: LoraConfig. Refuses: torch. Built from mappings by llavakit.config.build_run_config; surgery.add_lora reads it.
 """
 
 from __future__ import annotations
@@ -11,33 +11,36 @@ from llavakit.errors import ConfigError
 
 __all__ = ["DECODER_PRODUCTS", "LoraConfig"]
 
-DECODER_PRODUCTS = ("*layers.*.self_attn.[qkvo]_proj", "*layers.*.mlp.*_proj")
-"""Every product of the decoder's layers; not the head, the embedding, the projector or the tower, whose products have other names."""
+DECODER_PRODUCTS = "*model.layers.*_proj"
+"""Every product of the decoder's layers, in a language model alone and in a LLaVA: what LLaVA-1.5's LoRA adapts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Two thin trained products beside each frozen one."""
+    """Low-rank adaptation: scale * B A is added to the weight of each target."""
 
     rank: int
-    """Their inner width."""
+    """Rows of A, columns of B."""
     alpha: float
-    """Their result is multiplied by alpha / rank (alpha / sqrt(rank) where is_rank_stabilized)."""
+    """The scale is alpha / rank."""
     dropout: float = 0.0
-    """Share of their inputs that is dropped in training."""
-    targets: tuple[str, ...] = DECODER_PRODUCTS
-    """Patterns (shell wildcards) of the whole paths of the modules that get them, all in the language model unless they say otherwise."""
+    """Share of A's inputs that is dropped in training."""
+    targets: tuple[str, ...] = (DECODER_PRODUCTS,)
+    """Patterns of the products' paths (shell wildcards)."""
     is_rank_stabilized: bool = False
-    """Whether to divide by the rank's root (rsLoRA)."""
+    """Whether the scale is alpha / sqrt(rank) instead."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1 or not self.targets:
-            raise ConfigError(
-                "lora needs a rank of at least 1, alpha above 0, dropout from 0 to below 1 and at least one target, "
-                f"got {self.rank}, {self.alpha}, {self.dropout} and {self.targets}"
-            )
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank must be at least 1, got {self.rank}")
+        if not self.alpha > 0:
+            raise ConfigError(f"lora.alpha must be above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must be at least 0 and below 1, got {self.dropout}")
+        if not self.targets:
+            raise ConfigError(f"lora.targets needs at least one pattern of paths; {DECODER_PRODUCTS!r} is every product of the decoder")
 
     @property
     def scale(self) -> float:
-        """What the result is multiplied by."""
+        """Factor of the product that is added."""
         return self.alpha / (self.rank**0.5 if self.is_rank_stabilized else self.rank)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,11 @@ from llavakit.model.linear import Linear, PackedLinear, QuantizedLinear
 from llavakit.model.llava import LlamaCore
 from llavakit.model.lora import AdaptedLinear, Adapting
 from llavakit.model.lora_config import LoraConfig
-from llavakit.model.lora_layer import LoraLinear
+from llavakit.model.lora_linear import LoraLinear
 from llavakit.model.projector import MultiModalProjector
 from llavakit.ops.attention import Attention
 from llavakit.ops.gate import steady_gate
-from llavakit.ops.quantize.weights import KINDS
+from llavakit.ops.quantize.weights import KINDS, quantize_nf4
 
 __all__ = [
     "TrainableRow",
@@ -86,7 +86,7 @@ def init_projector(projector: MultiModalProjector, generator: torch.Generator) -
 def freeze(model: nn.Module, trainable: Sequence[str]) -> list[TrainableRow]:
     """Let only parameters train whose name matches one of the patterns (shell wildcards).
 
-    Returns a row per pattern. Raises: ConfigError when a pattern matches nothing.
+    Returns a row per pattern. Raises: ConfigError when a pattern matches nothing, or parts of a packed weight, which cannot train.
     """
     parameters = dict(model.named_parameters())
     rows = []
@@ -94,10 +94,11 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> list[TrainableRow]:
         matched = [weight for name, weight in parameters.items() if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             raise ConfigError(f"no parameter matches {pattern!r}; names look like {next(iter(parameters))!r}")
+        if packed := [name for name, weight in parameters.items() if fnmatch.fnmatchcase(name, pattern) and not weight.is_floating_point()]:
+            raise ConfigError(f"{pattern!r} matches {packed[0]!r}, packed codes that cannot train; '*.lora_?' are the factors beside them")
         rows.append(TrainableRow(pattern, len(matched), sum(weight.numel() for weight in matched)))
     for name, weight in parameters.items():
-        is_trainable = weight.is_floating_point()  # the bytes of a quantised weight are not
-        weight.requires_grad_(is_trainable and any(fnmatch.fnmatchcase(name, pattern) for pattern in trainable))
+        weight.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in trainable))
     return rows
 
 
@@ -143,15 +144,19 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> bool:
     return all(steady)
 
 
-def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
+def quantize(model: nn.Module, kind: str, device: torch.device, *, has_double_scales: bool = False) -> None:
     """Store the products of a decoder's layers as small integers ("int8" or "nf4") on a device, one after another, and move the rest there.
 
-    Tower, projector, embedding and head keep their dtype. The model can neither train nor be saved afterwards.
+    Tower, projector, embedding and head keep their dtype, and the config stays as it is. The products are frozen from then on: what trains
+    stands beside them (add_lora). has_double_scales stores the scales of nf4 in 8 bits, as QLoRA does. Raises: ConfigError.
     """
+    if kind not in KINDS or (has_double_scales and kind != "nf4"):
+        raise ConfigError(f"products are stored as {' or '.join(KINDS)}, with double scales as nf4; got {kind!r}, {has_double_scales=}")
+    pack = functools.partial(quantize_nf4, is_double=True) if has_double_scales else KINDS[kind]
 
     def quantized(_: str, child: Linear) -> QuantizedLinear:
         bias = None if child.bias is None else child.bias.detach().to(device)
-        return QuantizedLinear(KINDS[kind](child.weight.detach().to(device)), bias)
+        return QuantizedLinear(pack(child.weight.detach().to(device)), bias)
 
     for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
         _replace(layer, (Linear,), quantized)
@@ -159,40 +164,47 @@ def quantize(model: nn.Module, kind: str, device: torch.device) -> None:
 
 
 def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator) -> list[str]:
-    """Put thin products beside those that the config's targets name; returns their paths. What trains is freeze's to say.
+    """Put trainable factors beside each product that config.targets match, freezing its weight, and return the products' paths.
 
-    Targets without a tower's or projector's name match the language model alone. Raises: ConfigError when a target matches no product.
+    freeze sees them as PATH.lora_A and PATH.lora_B, and the weight as PATH.base.weight; a head is no target, since losses read its weight
+    and not its product. Raises: ConfigError, before anything is changed, when a target matches nothing, or anything but a loaded product.
     """
-    paths = {path: module for path, module in model.named_modules() if isinstance(module, Linear | QuantizedLinear)}
-    chosen: set[str] = set()
+    modules = dict(model.named_modules())
+    paths: dict[str, None] = {}
     for target in config.targets:
-        matched = {path for path in paths if fnmatch.fnmatchcase(path, target) and (_is_language(path) or not target.startswith("*"))}
+        matched = [path for path in modules if fnmatch.fnmatchcase(path, target)]
         if not matched:
-            raise ConfigError(f"lora.targets: no product is named like {target!r}; they are named like {next(iter(paths), 'none')!r}")
-        chosen |= matched
-
-    def adapted(path: str, child: Linear | QuantizedLinear) -> nn.Module:
-        return LoraLinear(child, config, generator) if path in chosen else child
-
-    _replace(model, (Linear, QuantizedLinear), adapted)
-    return sorted(chosen)
+            raise ConfigError(f"no module matches lora.targets {target!r}; names look like {_some_product(modules)!r}")
+        for path in matched:
+            if not isinstance(modules[path], Linear | QuantizedLinear) or path.rpartition(".")[2] == "lm_head":
+                kind = type(modules[path]).__name__
+                raise ConfigError(f"lora.targets {target!r} matches {path!r}, a {kind}; only products other than the head get factors")
+            if next(modules[path].parameters()).is_meta:
+                raise ConfigError(f"{path!r} has no weight yet; load the model before factors are added")
+        paths |= dict.fromkeys(matched)
+    for path in (path for path in modules if path in paths):
+        model.set_submodule(path, LoraLinear(modules[path], config, generator))
+    return [path for path in modules if path in paths]
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Make each adapted product one again, its weight in the dtype that it had. Raises: ConfigError where the weights are quantised."""
+    """Put back the products that add_lora changed, with the factors in their weights; they stay frozen. Raises: ConfigError.
 
-    def merged(path: str, child: LoraLinear) -> Linear:
-        if not isinstance(child.base, Linear):
-            raise ConfigError(f"{path} is quantised and cannot take a sum; save the adapter, and merge it into the model that it came from")
-        with torch.no_grad():
-            child.base.weight.copy_(child.merged())
+    Packed weights cannot take them.
+    """
+    adapted = [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLinear)]
+    if packed := [path for path, module in adapted if isinstance(module.base, QuantizedLinear)]:
+        raise ConfigError(f"{packed[0]!r} is packed and cannot take factors; save them as an adapter, and merge it into the dense model")
+
+    def merged(_: str, child: LoraLinear) -> nn.Module:
+        child.base.weight = nn.Parameter(child.merged_weight(), requires_grad=False)
         return child.base
 
     _replace(model, (LoraLinear,), merged)
 
 
-def _is_language(path: str) -> bool:
-    return not path.startswith(("vision_tower.", "multi_modal_projector."))
+def _some_product(modules: Mapping[str, nn.Module]) -> str:
+    return next((path for path, module in modules.items() if isinstance(module, Linear | QuantizedLinear)), "")
 
 
 def adapt(model: nn.Module) -> Adapting:

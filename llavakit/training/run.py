@@ -20,7 +20,7 @@ from llavakit.checkpoint.placement import choose_device
 from llavakit.config import build_run_config, run_config_to_dict
 from llavakit.logs import logger
 from llavakit.model.llava import LlamaCore, LlavaCore
-from llavakit.model.lora_layer import adapters_off
+from llavakit.model.lora_linear import adapters_off
 from llavakit.ops.precision import faster_dtype
 from llavakit.storage.documents import read_json, write_json
 from llavakit.training.answers import write_answers

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from llavakit.checkpoint.adapter_save import adapter_parameters, check_adapter, write_adapter
+from llavakit.checkpoint.adapter_save import save_adapter
 from llavakit.checkpoint.hf import MAX_SHARD_BYTES, write_checkpoint
 from llavakit.checkpoint.load import choose_preprocessing, load_config, load_core, load_processor
 from llavakit.checkpoint.parts import Sources
@@ -73,12 +73,10 @@ def load_model(config: TrainConfig, start: Start, device: torch.device) -> Train
     core = load_core(start.folder, start.config, sources=start.sources, device="cpu" if is_quantized else device)
     dtypes = {name: weight.dtype for name, weight in core.named_parameters()}
     if is_quantized:
-        quantize(core, "nf4_nested", device)
+        quantize(core, "nf4", device, has_double_scales=True)
     if config.lora is not None:
         add_lora(core, config.lora, torch.Generator().manual_seed(config.seed))
     freeze(core, config.trainable)
-    if config.lora is not None:
-        check_adapter(core)
     for weight in core.parameters():
         if weight.is_floating_point():
             weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
@@ -100,20 +98,21 @@ def export_model(config: TrainConfig, trainee: Trainee, start: Start, folder: Pa
     """Write the trained model in the llava-hf layout, in the dtypes of the files that it came from, or its adapter in PEFT's; once."""
     if parallel.shared(folder.is_dir() and not manifest_problems(folder, check_hashes=False)):
         return
-    core, own = trainee.core, {name: weight for name, (_, weight) in adapter_parameters(trainee.core).items()}
-    weights = dict(core.named_parameters()) if config.lora is None else own
-    dtypes = trainee.dtypes if config.lora is None else dict.fromkeys(own, torch.float32)
-    tensors = ((name, whole(weight.detach()).to(dtypes[name]).cpu()) for name, weight in weights.items())
-    if parallel.rank == 0:
-        with atomic_folder(folder, overwrite=True) as new:
-            if config.lora is None:
-                write_checkpoint(core, new, dtypes, tensors, processor=None, source=start.folder, max_shard_bytes=MAX_SHARD_BYTES)
-            else:
-                write_adapter(core, config.lora, new, tensors, base=config.model.path, source=start.folder)
-            _write_processor(start.processor, new)
+    core = trainee.core
+    if config.lora is None:
+        tensors = ((name, whole(weight.detach()).to(trainee.dtypes[name]).cpu()) for name, weight in core.named_parameters())
+        if parallel.rank == 0:
+            with atomic_folder(folder, overwrite=True) as new:
+                write_checkpoint(core, new, trainee.dtypes, tensors, processor=None, source=start.folder, max_shard_bytes=MAX_SHARD_BYTES)
+                _write_processor(start.processor, new)
+        else:
+            for _ in tensors:  # every process takes part in gathering each
+                pass
     else:
-        for _ in tensors:  # every process takes part in gathering each
-            pass
+        trained = {name: whole(weight.detach()).cpu() for name, weight in core.named_parameters() if weight.requires_grad}
+        if parallel.rank == 0:
+            side = start.processor if isinstance(start.processor, LlavaProcessor) else None
+            save_adapter(core, folder, base=config.model.path, weights=trained, processor=side, overwrite=True)
     parallel.wait()
 
 

@@ -93,7 +93,7 @@ def test_quantised_weights_answer_as_on_the_cpu(folder: Path, kind: str) -> None
 def test_weights_have_the_same_bytes_and_values_as_on_the_cpu(kind: str) -> None:
     weight = torch.randn(100, 200, generator=torch.Generator().manual_seed(1)).bfloat16()
     here, there = KINDS_OF_WEIGHTS[kind](weight), KINDS_OF_WEIGHTS[kind](weight.cuda())
-    assert torch.equal(here.tensors["codes"], there.tensors["codes"].cpu())
+    assert torch.equal(here.codes, there.codes.cpu())
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert torch.equal(here.dense(dtype), there.dense(dtype).cpu())
 
