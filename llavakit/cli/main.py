@@ -41,6 +41,9 @@ def build_app() -> App:
     )
     for name, summary in _COMMANDS:
         app.command("llavakit.cli.{0}:{0}".format(name.replace("-", "_")), name=name, help=summary)
+    data = App(name="data", help="Look at training data.", result_action="return_value")
+    data.command("llavakit.cli.data_check:data_check", name="check", help="Say what is wrong with rows before they train.")
+    app.command(data)
     return app
 
 

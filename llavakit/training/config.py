@@ -133,8 +133,6 @@ class DataConfig:
     """A batch's length is rounded up to a multiple of it, so that few shapes come up."""
     seed: int = 0
     """Seed of the order of samples; each epoch has its own order."""
-    masks: Literal["right", "exact"] = "right"
-    """Which tokens are learned: each answer and its terminator, or what original LLaVA's code makes of its templates."""
     max_bad_share: float = 0.01
     """Share of rows that may be left out, because they cannot train, before the run stops."""
 

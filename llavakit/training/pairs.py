@@ -14,20 +14,20 @@ from typing import Any
 
 import torch
 
-from llavakit.errors import DataError, LlavaError, shortened
+from llavakit.errors import DataError, ImageError, LlavaError, PromptError, shortened
 from llavakit.geometry import num_tiles
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.text import TextProcessor
+from llavakit.training.checks import Fault, Measures
 from llavakit.training.preference import PreferenceSample, encode_pair, preference_sample
 from llavakit.training.preference_config import CorruptionConfig
-from llavakit.training.records import Fault, Measures, PictureFolder, conversation_of, picture_names, read_records
+from llavakit.training.records import PictureFolder, content_text, conversation_of, picture_names, read_records, turn_of_message
 from llavakit.types import Conversation, Message, TextPart
 
 __all__ = ["PairSource"]
 
 _MARKER, _NO_BYTES = "<image>", b""
 _NO_TILES = torch.empty(0, 3, 1, 1)
-_SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 _Pair = tuple[dict[str, Any], str, str]
 
 
@@ -71,6 +71,11 @@ class PairSource:
         asked = conversation_of(record, [self._pictures.read(name) for name in picture_names(record)])
         return Conversation((*asked.messages, Message("assistant", (TextPart(chosen),))))
 
+    def decode(self, index: int) -> None:
+        """Decode a pair's pictures as a sample would. Raises: ImageError."""
+        for name in picture_names(self._rows[index][0]):
+            self._processor.check_image(self._pictures.read(name))
+
     def measure(self, index: int) -> Measures:
         """Measure a pair without decoding a picture."""
         record, chosen, rejected = self._rows[index]
@@ -80,7 +85,8 @@ class PairSource:
             pair = encode_pair(self._processor, conversation_of(record, [_NO_BYTES] * len(names)), chosen, rejected, grids)
             sample = PreferenceSample(*pair, _NO_TILES, tuple(grids), _NO_TILES if grids and self._corruption is not None else None)
         except LlavaError as error:
-            return Measures(0, 0, 0, (Fault("unusable", str(error)),))
+            kind = "picture" if isinstance(error, ImageError) else "order" if isinstance(error, PromptError) else "pair"
+            return Measures(0, 0, 0, (Fault(kind, str(error), is_fatal=True),))
         return Measures(sample.num_tokens, sum(sum(answered.loss_mask) for answered in pair), sum(map(num_tiles, grids)))
 
 
@@ -110,10 +116,11 @@ def _turns(value: Mapping[str, Any], num_pictures: int) -> list[dict[str, str]]:
     elif isinstance(prompt := value.get("prompt", value.get("question")), str):
         turns = [{"from": "human", "value": prompt}]
     elif isinstance(prompt, list):
-        turns = [_turn(message) for message in prompt]
+        turns = [turn_of_message(message) for message in prompt]
     else:
         raise DataError("needs conversations, prompt or question")
-    if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) and turn.get("from") in ("human", "gpt") for turn in turns):
+    speakers = ("human", "gpt", "system")
+    if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) and turn.get("from") in speakers for turn in turns):
         raise DataError('turns need "from" (human or gpt) and "value" (text)')
     num_marks = sum(turn["value"].count(_MARKER) for turn in turns)
     if num_marks not in (0, num_pictures):
@@ -123,25 +130,10 @@ def _turns(value: Mapping[str, Any], num_pictures: int) -> list[dict[str, str]]:
     return turns
 
 
-def _turn(message: Any) -> dict[str, str]:
-    if not isinstance(message, dict) or message.get("role") not in _SPEAKERS:
-        raise DataError(f"messages need a role (user or assistant) and content, got {message!r:.80}")
-    return {"from": _SPEAKERS[message["role"]], "value": _content(message.get("content"))}
-
-
-def _content(content: Any) -> str:
-    """Write a message's content as a text with marks for pictures."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise DataError(f"content must be a text or a list of parts, got {content!r:.80}")
-    return "".join(f"{_MARKER}\n" if part.get("type") == "image" else str(part.get("text", "")) for part in content)
-
-
 def _answer(value: Any) -> str:
     """Return an answer given as text, or as the message that it is."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
-        return _content(value[-1].get("content"))
+        return content_text(value[-1].get("content"))
     raise DataError(f"an answer must be a text, or messages that end with the assistant's, got {value!r:.80}")

@@ -54,8 +54,13 @@ def open_sets(config: TrainConfig, processor: Processor, folder: Path, parallel:
     for place, source in enumerate(config.data.sources):
         files = Path(source.rows), Path("." if source.images is None else source.images)
         preference = config.preference
-        samples = RecordSource(*files, processor) if preference is None else PairSource(*files, processor, preference.spoils)
-        decided = {"masks": config.data.masks, "processor": _digest(processor)}
+        most = config.data.max_sample_tokens
+        samples = (
+            RecordSource(*files, processor, max_sample_tokens=most)
+            if preference is None
+            else PairSource(*files, processor, preference.spoils)
+        )
+        decided = {"max_sample_tokens": most, "processor": _digest(processor)}
         key = index_key({**decided, "rows": samples.digest, "images": source.images})
         own = folder / str(place)
         if parallel.rank == 0:
