@@ -51,9 +51,11 @@ def test_two_ranks_have_the_losses_of_one_process_and_hand_saves_over(tmp_path: 
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_trained_tower_is_sharded_too(tmp_path: Path) -> None:
-    expected = run(tmp_path / "alone", Alone(), trains_tower=True)
-    assert launch(tmp_path / "run", "--trains-tower", "--shard-ranks", "1") == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize("kind", ["everything", "packed"])
+def test_a_trained_tower_and_packed_weights_are_sharded_too(tmp_path: Path, kind: str) -> None:
+    expected = run(tmp_path / "alone", Alone(), kind=kind)
+    replicated = ("--shard-ranks", "1") if kind == "everything" else ()
+    assert launch(tmp_path / "run", "--kind", kind, *replicated) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_rank_that_is_killed_is_started_again_and_the_run_goes_on(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run that one process or torchrun's ranks can do: python -m tests.distributed.toy_ranks RUN_DIR [--stop-at STEP] [--die-at STEP].
+"""A run that one process or torchrun's ranks do: python -m tests.distributed.toy_ranks RUN_DIR [--stop-at N] [--die-at N] [--kind KIND].
 
 Trains a tiny LLaVA whose batches often hold no picture, three batches a step, and writes the losses of this call to RUN_DIR/losses.json.
 """
@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
 import signal
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 
 from llavakit.errors import TrainingError
 from llavakit.model.llava import LlavaCore, LossTerms
-from llavakit.model.surgery import init_weights
+from llavakit.model.lora_config import LoraConfig
+from llavakit.model.surgery import add_lora, init_weights, quantize
+from llavakit.ops.loss import linear_cross_entropy
 from llavakit.training.config import LoopConfig, OptimConfig, SaveConfig
 from llavakit.training.data import Sample
 from llavakit.training.objectives import PackedLoss
@@ -29,6 +33,11 @@ from tests.tiny import IMAGE_TOKEN, NUM_IMAGE_TOKENS, SIDE, llava_config
 from tests.toy_run import Kept
 
 STEPS = 20
+TRAINABLE = {
+    "projector and language model": ("multi_modal_projector.*", "language_model.*"),
+    "everything": ("*",),
+    "packed": ("*.lora_?", "multi_modal_projector.*"),
+}
 
 
 class Mixed:
@@ -63,32 +72,39 @@ class Stopping:
         return self.loss_of.loss(model, batch)
 
 
-def model() -> LlavaCore:
+def model(*, is_packed: bool = False) -> LlavaCore:
+    """Build the tiny LLaVA; packed its products are NF4 with double scales, and LoRA trains beside them."""
     core = LlavaCore(llava_config())
     init_weights(core, 0.1, torch.Generator().manual_seed(0))
+    if is_packed:
+        quantize(core, "nf4", torch.device("cpu"), has_double_scales=True)
+        add_lora(core, LoraConfig(rank=4, alpha=8.0, dropout=0.1), torch.Generator().manual_seed(1))
     return core
 
 
 def run(
-    run_dir: Path, parallel: Parallel, *, stop_at: int | None = None, die_at: int | None = None, trains_tower: bool = False
+    run_dir: Path, parallel: Parallel, *, stop_at: int | None = None, die_at: int | None = None, kind: str = "projector and language model"
 ) -> list[float]:
     """Train to the end, or until somebody stops or dies in a step; returns the losses of this call. A run that may die saves every step."""
-    trainable = ("*",) if trains_tower else ("multi_modal_projector.*", "language_model.*")
     config = LoopConfig(
         steps=STEPS,
         optim=OptimConfig(lr=3e-3, clip_norm=1.0, weight_decay=0.1, warmup_steps=2),
-        trainable=trainable,
+        trainable=TRAINABLE[kind],
         microbatches=3,
         workers=0,
         save=SaveConfig(every_s=1e9 if die_at is None else 0.0),
     )
     calls = -(-config.microbatches // parallel.size)
     reporter = Kept()
-    kind = signal.SIGTERM if die_at is None else signal.SIGKILL
+    struck_by = signal.SIGTERM if die_at is None else signal.SIGKILL
     after = stop_at if die_at is None else die_at
-    objective = Stopping(parallel, None if after is None else after * calls, kind)
-    trainer = Trainer(model(), objective, PackedSource(Mixed(), 2, multiple_of=1), config, reporter, run_dir, parallel=parallel)
-    with contextlib.suppress(TrainingError) if stop_at is not None else contextlib.nullcontext():
+    objective = Stopping(parallel, None if after is None else after * calls, struck_by)
+    core = model(is_packed=kind == "packed")
+    trainer = Trainer(core, objective, PackedSource(Mixed(), 2, multiple_of=1), config, reporter, run_dir, parallel=parallel)
+    # Few rows a chunk, so that ranks go through the head's loop different numbers of times.
+    in_chunks = functools.partial(linear_cross_entropy, chunk_rows=4)
+    stopping = contextlib.suppress(TrainingError) if stop_at is not None else contextlib.nullcontext()
+    with stopping, mock.patch("llavakit.model.llava.linear_cross_entropy", in_chunks):
         trainer.run()
     return reporter.losses
 
@@ -99,13 +115,13 @@ def main() -> None:
     parser.add_argument("--stop-at", type=int)
     parser.add_argument("--die-at", type=int)
     parser.add_argument("--shard-ranks", type=int)
-    parser.add_argument("--trains-tower", action="store_true")
+    parser.add_argument("--kind", choices=TRAINABLE, default="projector and language model")
     options = parser.parse_args()
     torch.set_num_threads(1)
     parallel = join_ranks(os.environ)
     parallel.replicate(options.shard_ranks)
     die_at = options.die_at if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else None
-    losses = run(options.run_dir, parallel, stop_at=options.stop_at, die_at=die_at, trains_tower=options.trains_tower)
+    losses = run(options.run_dir, parallel, stop_at=options.stop_at, die_at=die_at, kind=options.kind)
     if parallel.rank == 0:
         (options.run_dir / "losses.json").write_text(json.dumps(losses))
     parallel.leave()
