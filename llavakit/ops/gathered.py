@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from llavakit.ops.pages import PAGE, Pages, PageShape, Rows
 
@@ -111,9 +110,8 @@ class _Longer:
     def __init__(self, pages: Pages, first: int, stop: int, begin: int, table: Tensor) -> None:
         self.pages, self.stop, self.begin, self.end, self._table = pages, stop, begin, begin + stop - first, table
         window = pages.shape.window
-        self._mask: Tensor = causal_lower_right(stop - first, stop)
-        if window is not None:
-            self._mask = _seen(torch.arange(first, stop, device=pages.device), stop, window)
+        places = torch.arange(first, stop, device=pages.device)
+        self._mask = _lower_right(stop - first, stop) if window is None else _seen(places, stop, window)
 
     def attend_stored(self, layer: int, q_tNH: Tensor) -> Tensor:
         """Attend to keys and values that are stored already."""
@@ -155,6 +153,13 @@ def _append(pages: Pages, layer: int, k_TKH: Tensor, v_TKH: Tensor, slots_T: Ten
     for memory, x in ((pages.keys[layer], k_TKH), (pages.values[layer], v_TKH)):
         x = F.pad(x, (0, pages.shape.width - pages.shape.head_dim)) if pages.shape.width != pages.shape.head_dim else x
         memory.flatten(0, 1).index_copy_(0, slots_T, x)
+
+
+def _lower_right(num_queries: int, num_keys: int) -> Tensor:
+    """Return torch's own mask in which the last query sees the last key, which its fused kernels need not read."""
+    from torch.nn.attention.bias import causal_lower_right  # imports Dynamo, which nothing on a CPU should wait for
+
+    return causal_lower_right(num_queries, num_keys)
 
 
 def _seen(positions_T: Tensor, num_places: int, window: int | None) -> Tensor:
