@@ -133,6 +133,8 @@ class DataConfig:
     """A batch's length is rounded up to a multiple of it, so that few shapes come up."""
     seed: int = 0
     """Seed of the order of samples; each epoch has its own order."""
+    cache_features: bool = False
+    """Keep what a frozen tower makes of each picture in the run's folder: for several epochs over a small model."""
     max_bad_share: float = 0.01
     """Share of rows that may be left out, because they cannot train, before the run stops."""
 

@@ -18,6 +18,7 @@ import torch
 
 from llavakit.checkpoint.placement import choose_device
 from llavakit.config import build_run_config, run_config_to_dict
+from llavakit.errors import ConfigError
 from llavakit.logs import logger
 from llavakit.model.llava import LlamaCore, LlavaCore
 from llavakit.model.lora_linear import adapters_off
@@ -26,12 +27,14 @@ from llavakit.storage.documents import read_json, write_json
 from llavakit.training.answers import write_answers
 from llavakit.training.config import LoopConfig, TrainConfig
 from llavakit.training.environment import environment_facts
+from llavakit.training.features import build_features
 from llavakit.training.flops import CoreFlops, peak_flops
 from llavakit.training.objectives import COMPUTE_DTYPES, Objective, PackedLoss
 from llavakit.training.packing import BestFitSource
 from llavakit.training.pairs import PairSource
 from llavakit.training.parallel import Alone, Parallel
 from llavakit.training.preference_loss import AdaptersOff, PreferenceLoss
+from llavakit.training.records import RecordSource
 from llavakit.training.reference import ReferencedSource, ReferenceStore
 from llavakit.training.reporting import Reporter, RunReporter, write_loss_curve
 from llavakit.training.sets import RowSet, open_sets, plan_batches, talks_of
@@ -60,6 +63,8 @@ def run_training(config: TrainConfig, run_dir: Path, *, parallel: Parallel = Alo
     device = choose_device(config.device)
     config = _resolved(config, batches, device, run_dir / _CONFIG)
     trainee = load_model(config, start, device)
+    if config.data.cache_features:
+        _keep_features(config, trainee.core, sets, batches, run_dir / "features", parallel)
     objective = _objective(config, trainee.core, sets, batches, run_dir, parallel)
     trainer = _trainer(config, trainee.core, objective, batches, run_dir, parallel)
     if parallel.rank == 0 and not (run_dir / _CONFIG).exists():
@@ -93,6 +98,25 @@ def _resolved(config: TrainConfig, batches: BestFitSource, device: torch.device,
 def _microbatches(config: TrainConfig, batches: BestFitSource) -> int:
     num_samples = sum(map(len, batches.packs(0)))
     return max(1, round(config.samples_per_step * batches.num_batches(0) / num_samples))
+
+
+def _keep_features(
+    config: TrainConfig, core: LlamaCore | LlavaCore, sets: Sequence[RowSet], batches: BestFitSource, folder: Path, parallel: Parallel
+) -> None:
+    """Let the tower see every picture once, in the first process, and take what it saw from there on. Raises: ConfigError."""
+    sources = [one.samples for one in sets if isinstance(one.samples, RecordSource)]
+    is_trained = isinstance(core, LlavaCore) and any(weight.requires_grad for weight in core.vision_tower.parameters())
+    if not isinstance(core, LlavaCore) or is_trained or len(sources) < len(sets):
+        raise ConfigError("data.cache_features keeps what a frozen tower sees in rows that are no pairs; turn it off for this run")
+    dtype = COMPUTE_DTYPES[_decided_dtype(config)]
+    for turn in (0, parallel.size - 1):  # the others find everything there
+        if parallel.rank <= turn:
+            kept = [
+                build_features(core, source, one.usable, folder / str(place), dtype=dtype)
+                for place, (one, source) in enumerate(zip(sets, sources, strict=True))
+            ]
+        parallel.wait()
+    batches.parts = [replace(part, samples=samples) for part, samples in zip(batches.parts, kept, strict=True)]
 
 
 def _objective(
