@@ -244,7 +244,7 @@ def test_runs_killed_two_hundred_times_go_on_with_the_same_bits(tmp_path: Path, 
             folder = tmp_path / f"{kind}-{seed}"
             folder.mkdir()
             check_kills(folder, killed_command(kind, model, rows), kills=kills, seed=seed)
-    write_result("training_kills", "make soak", {"kinds": kinds, "num_runs": len(kinds) * rounds, "kills_per_run": kills})
+    write_result("train_kills", "make soak", {"kinds": kinds, "num_runs": len(kinds) * rounds, "kills_per_run": kills})
 
 
 def test_two_processes_train_by_the_same_command(tmp_path: Path, model: Path, rows: tuple[Path, Path]) -> None:
