@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
+    "AnimationError",
     "CapacityError",
     "CheckpointError",
     "ConfigError",
@@ -47,6 +48,10 @@ class InputError(LlavaError):
 
 class ImageError(InputError):
     """The bytes are not a picture that may be decoded."""
+
+
+class AnimationError(ImageError):
+    """The picture has several frames."""
 
 
 class PromptError(InputError):

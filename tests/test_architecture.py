@@ -28,7 +28,12 @@ LAYERS = {
 NO_TORCH = {"errors", "types", "geometry", "config", "logs"}
 HEAVY = {"torch", "numpy", "PIL", "transformers", "safetensors", "sentencepiece", "tokenizers"}
 ORACLES = {"transformers", "peft", "openai", "bitsandbytes"}
-OPTIONAL = {"gguf": {"storage/gguf_file.py"}, "llguidance": {"engine/constraint.py"}, "wandb": {"training/trackers.py"}}
+OPTIONAL = {
+    "datasets": {"training/rows.py"},
+    "gguf": {"storage/gguf_file.py"},
+    "llguidance": {"engine/constraint.py"},
+    "wandb": {"training/trackers.py"},
+}
 ESCAPES = {"importlib", "__import__", "pickle", "dill", "marshal", "eval", "exec", "compile", "import_module"}
 HARMLESS = {"importlib.metadata.version", "pickle.UnpicklingError"}
 BAD_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavakit.errors import LlavaError
@@ -28,9 +27,11 @@ _EXAMPLES = 3
 
 
 def data_check(
-    file: Path,
+    file: str,
     *,
-    images: Path | None = None,
+    images: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
     model: str | None = None,
     template: str | None = None,
     max_len: int = 2048,
@@ -45,9 +46,13 @@ def data_check(
     Parameters
     ----------
     file
-        Rows: .json (a list) or .jsonl.
+        Rows: .json (a list), .jsonl, .parquet, .tar (or a pattern of them), a folder, or a hub id.
     images
-        Folder of their pictures.
+        Folder of their pictures, or tar shards; the current folder when left out.
+    subset
+        Part of a data set of the hub.
+    split
+        Split of a data set.
     model
         Folder or hub id whose processor and template are used; the embedded miniature when left out.
     template
@@ -65,21 +70,26 @@ def data_check(
     json
         Print a JSON document in place of a table.
     """
+    from llavakit.training.checks import duplicate_ids
     from llavakit.training.pairs import PairSource
+    from llavakit.training.pictures import open_pictures
     from llavakit.training.records import RecordSource
+    from llavakit.training.rows import open_rows
 
     show_logs()
-    processor, folder = _processor(model, template), Path(".") if images is None else images
-    rows: RecordSource | PairSource
-    rows = PairSource(file, folder, processor) if pairs else RecordSource(file, folder, processor, max_sample_tokens=max_len)
+    processor, kind = _processor(model, template), PairSource if pairs else RecordSource
+    rows = kind(open_rows(file, subset=subset, split=split), open_pictures(images), processor, max_sample_tokens=max_len)
     faults: list[tuple[int, Fault]] = []
     lengths: list[int] = []
+    ids: list[str | int | None] = []
     for index in _with_bar(len(rows)):
         measured = rows.measure(index)
         found = [*measured.problems, *(_decoded(rows, index) if decode and measured.num_tokens else ())]
         faults += [(index, fault) for fault in found]
+        ids.append(measured.id)
         if not any(fault.is_fatal for fault in found):
             lengths.append(measured.num_tokens)
+    faults = sorted([*faults, *duplicate_ids(ids).items()], key=lambda found: found[0])
     if json:
         listed = [{"row": index, "kind": fault.kind, "message": fault.message, "is_fatal": fault.is_fatal} for index, fault in faults]
         sys.stdout.write(json_format.dumps({"rows": len(rows), "can_train": len(lengths), "tokens": sum(lengths), "faults": listed}) + "\n")

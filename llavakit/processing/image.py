@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
-from llavakit.errors import CheckpointError, ImageError
+from llavakit.errors import AnimationError, CheckpointError, ImageError
 from llavakit.geometry import (
     ImageGrid,
     MergeType,
@@ -140,7 +140,7 @@ def _open(data: bytes, limits: ImageLimits) -> tuple[str, ImageFile.ImageFile]:
         raise ImageError(f"the {kind} picture has a damaged header; send it again") from error
     _check_size(image.width, image.height, limits)
     if is_animated:
-        raise ImageError("the picture is animated; send a single frame")
+        raise AnimationError("the picture is animated; send a single frame")
     return kind, image
 
 

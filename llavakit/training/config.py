@@ -109,6 +109,10 @@ class SourceConfig:
     """File, folder or hub id of the rows; docs/data.md has the formats."""
     images: str | None = None
     """Folder or tar shards of their pictures; None where the rows hold them, or have none."""
+    subset: str | None = None
+    """Which part of a data set of the hub; None where it has one."""
+    split: str = "train"
+    """Which split of a data set of the hub, or of a folder."""
     weight: float = 1.0
     """How often an epoch goes through the set; 0.5 takes half of it, another half in the next epoch."""
 
@@ -257,3 +261,9 @@ class TrainConfig:
             raise ConfigError("samples_per_step and steps must be at least 1, epochs above 0")
         if self.quantize != "none" and self.lora is None:
             raise ConfigError("quantize keeps weights in 4 bits, which cannot train; it needs lora")
+
+    @property
+    def decided_dtype(self) -> Literal["float32", "bfloat16"]:
+        """The dtype of the activations, once a run has decided it."""
+        assert self.compute_dtype != "auto", "a run decides it before it loads the model"
+        return self.compute_dtype

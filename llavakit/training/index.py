@@ -27,8 +27,9 @@ from llavakit.logs import logger
 from llavakit.storage.documents import read_json, write_json
 from llavakit.storage.folder import atomic_folder, manifest_problems
 from llavakit.storage.tensors import TensorFolder, write_tensors
+from llavakit.training.checks import Fault, Measures, duplicate_ids
 
-__all__ = ["Measurable", "Measured", "Problem", "SampleIndex", "build_index", "index_key"]
+__all__ = ["Measurable", "SampleIndex", "build_index", "index_key"]
 
 _LOG = logger("training")
 _CHUNK_ROWS = 2048
@@ -38,48 +39,12 @@ _LOG_EVERY_S = 10.0
 _NO_SPLIT = 1 << 62
 
 
-class Problem(Protocol):
-    """Something wrong with a row."""
-
-    @property
-    def kind(self) -> str:
-        """Its short name."""
-
-    @property
-    def message(self) -> str:
-        """One sentence."""
-
-    @property
-    def is_fatal(self) -> bool:
-        """Whether the row cannot train."""
-
-
-class Measured(Protocol):
-    """What a row will become."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Positions, pictures included."""
-
-    @property
-    def num_supervised(self) -> int:
-        """Positions that are learned."""
-
-    @property
-    def num_tiles(self) -> int:
-        """Tiles that the tower sees."""
-
-    @property
-    def problems(self) -> Sequence[Problem]:
-        """Everything wrong with it."""
-
-
 class Measurable(Protocol):
     """Rows that can be measured without decoding a picture."""
 
     def __len__(self) -> int: ...
 
-    def measure(self, index: int) -> Measured:
+    def measure(self, index: int) -> Measures:
         """Measure one row; whatever is wrong with it is among the problems."""
         ...
 
@@ -164,31 +129,34 @@ def _measure_chunks(source: Measurable, parts: Path, chunks: Sequence[int], *, l
 
 def _measure_chunk(source: Measurable, parts: Path, number: int) -> None:
     first = number * _CHUNK_ROWS
-    rows, problems = [], []
+    rows, ids, problems = [], [], []
     for index in range(first, min(first + _CHUNK_ROWS, len(source))):
         measured = source.measure(index)
-        is_usable = not any(problem.is_fatal for problem in measured.problems)
-        rows.append([measured.num_tokens if is_usable else 0, measured.num_supervised, measured.num_tiles])
+        rows.append([measured.num_tokens if measured.is_usable else 0, measured.num_supervised, measured.num_tiles])
+        ids.append(measured.id)
         problems += [[index, problem.kind, problem.message, problem.is_fatal] for problem in measured.problems]
     unfinished = parts / f"{number}.part"
-    unfinished.write_text(json.dumps({"rows": rows, "problems": problems}), encoding="utf-8")
+    unfinished.write_text(json.dumps({"rows": rows, "ids": ids, "problems": problems}), encoding="utf-8")
     unfinished.replace(parts / f"{number}.json")
 
 
 def _join(parts: Path, num_rows: int, folder: Path, key: str) -> None:
     """Write the chunks as one index."""
     rows: list[list[int]] = []
-    counts: Counter[str] = Counter()
-    fatal: set[int] = set()
+    ids: list[str | int | None] = []
+    problems: list[tuple[int, Fault]] = []
+    for number in range(-(-num_rows // _CHUNK_ROWS)):
+        chunk = json.loads((parts / f"{number}.json").read_text("utf-8"))
+        rows += chunk["rows"]
+        ids += chunk["ids"]
+        problems += [(index, Fault(*fault)) for index, *fault in chunk["problems"]]
+    problems = sorted([*problems, *duplicate_ids(ids).items()], key=lambda found: found[0])
     with (folder / _PROBLEMS_FILE).open("w", encoding="utf-8") as file:
-        for number in range(-(-num_rows // _CHUNK_ROWS)):
-            chunk = json.loads((parts / f"{number}.json").read_text("utf-8"))
-            rows += chunk["rows"]
-            counts.update(kind for _, kind in {(index, kind) for index, kind, _, _ in chunk["problems"]})
-            for index, kind, message, is_fatal in chunk["problems"]:
-                file.write(json.dumps({"row": index, "kind": kind, "message": message, "is_fatal": is_fatal}) + "\n")
-                if is_fatal:
-                    fatal.add(index)
+        for index, fault in problems:
+            line = {"row": index, "kind": fault.kind, "message": fault.message, "is_fatal": fault.is_fatal}
+            file.write(json.dumps(line) + "\n")
+    counts = Counter(kind for _, kind in {(index, fault.kind) for index, fault in problems})
+    fatal = {index for index, fault in problems if fault.is_fatal}
     table = torch.tensor(rows, dtype=torch.int32).view(-1, len(_COLUMNS))
     columns = {name: table[:, place].contiguous() for place, name in enumerate(_COLUMNS)}
     write_tensors(folder, {name: (torch.int32, (len(rows),)) for name in columns}, iter(columns.items()), max_shard_bytes=_NO_SPLIT)

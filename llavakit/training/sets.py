@@ -19,8 +19,10 @@ from llavakit.training.index import SampleIndex, build_index, index_key
 from llavakit.training.packing import BestFitSource, Part, pack
 from llavakit.training.pairs import PairSource
 from llavakit.training.parallel import Parallel
+from llavakit.training.pictures import open_pictures
 from llavakit.training.preference import pack_pairs
 from llavakit.training.records import RecordSource
+from llavakit.training.rows import open_rows
 from llavakit.types import Conversation
 
 __all__ = ["RowSet", "open_sets", "plan_batches", "talks_of"]
@@ -52,16 +54,8 @@ def open_sets(config: TrainConfig, processor: Processor, folder: Path, parallel:
         raise DataError("a run needs rows to train on; name a file with --data")
     sets = []
     for place, source in enumerate(config.data.sources):
-        files = Path(source.rows), Path("." if source.images is None else source.images)
-        preference = config.preference
-        most = config.data.max_sample_tokens
-        samples = (
-            RecordSource(*files, processor, max_sample_tokens=most)
-            if preference is None
-            else PairSource(*files, processor, preference.spoils)
-        )
-        decided = {"max_sample_tokens": most, "processor": _digest(processor)}
-        key = index_key({**decided, "rows": samples.digest, "images": source.images})
+        samples = _open(source, config, processor)
+        key = index_key({"rows": samples.digest, "images": source.images, "processor": _digest(processor)})
         own = folder / str(place)
         if parallel.rank == 0:
             build_index(samples, own, key=key, workers=max(1, config.workers))
@@ -83,6 +77,14 @@ def talks_of(sets: Sequence[RowSet], count: int) -> list[Conversation]:
     usable = [one.usable for one in sets]
     chosen = [(one, places[turn]) for turn in range(count) for one, places in zip(sets, usable, strict=True) if turn < len(places)]
     return [one.samples.talk(place) for one, place in chosen[:count]]
+
+
+def _open(source: SourceConfig, config: TrainConfig, processor: Processor) -> RecordSource | PairSource:
+    rows, pictures = open_rows(source.rows, subset=source.subset, split=source.split), open_pictures(source.images)
+    most = config.data.max_sample_tokens
+    if config.preference is not None:
+        return PairSource(rows, pictures, processor, corruption=config.preference.spoils, max_sample_tokens=most)
+    return RecordSource(rows, pictures, processor, max_sample_tokens=most)
 
 
 def _digest(processor: Processor) -> str:

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,24 @@ def test_stage_one_moves_the_projector_alone(tmp_path: Path, model: Path) -> Non
     moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if name.startswith("multi_modal_projector.")}
     assert {weight.dtype for weight in after.values()} == {weight.dtype for weight in before.values()}
+
+
+def test_rows_of_every_kind_of_file_train_together(
+    tmp_path: Path, model: Path, rows: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    values = json.loads(rows[0].read_text())
+    with tarfile.open(tmp_path / "pictures.tar", "w") as pictures, tarfile.open(tmp_path / "rows.tar", "w") as whole:
+        for row in values:
+            (tmp_path / "row.json").write_text(json.dumps(row))
+            whole.add(tmp_path / "row.json", f"{row['id']}.json")
+            if "image" in row:
+                pictures.add(rows[1] / row["image"], row["image"])
+                whole.add(rows[1] / row["image"], row["image"])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
+    files = ["--data", str(tmp_path / "rows.tar"), "--data", str(tmp_path / "rows.jsonl"), "--images", str(tmp_path / "pictures.tar")]
+    command = arguments("finetune_task", tmp_path / "run", model, rows, *LEARNING, "epochs=1")
+    assert run([*command[:5], *files, *command[command.index("--set") :]]) == 0
+    assert f"{2 * len(values)} samples in batches" in caplog.text
 
 
 @pytest.mark.parametrize("recipe", ["finetune_v15_lora", "finetune_v15_qlora"])

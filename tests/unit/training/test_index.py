@@ -5,29 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from llavakit.errors import TrainingError
 from llavakit.training import index as module
+from llavakit.training.checks import Fault, Measures
 from llavakit.training.index import build_index, index_key
-
-
-@dataclass(frozen=True)
-class Fault:
-    kind: str
-    message: str
-    is_fatal: bool
-
-
-@dataclass(frozen=True)
-class Row:
-    num_tokens: int
-    num_supervised: int
-    num_tiles: int
-    problems: tuple[Fault, ...] = ()
 
 
 class Lines:
@@ -39,14 +24,14 @@ class Lines:
     def __len__(self) -> int:
         return self.count
 
-    def measure(self, index: int) -> Row:
+    def measure(self, index: int) -> Measures:
         if index == self.dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.log is not None:
             with self.log.open("a") as file:
                 file.write(f"{index}\n")
         faults = [Fault("torn", f"row {index} is torn", True)] * (index % 7 == 0) + [Fault("odd", "it is odd", False)] * (index % 5 == 0)
-        return Row(index + 1, index // 2, index % 3, tuple(faults))
+        return Measures(index + 1, index // 2, index % 3, tuple(faults), id=index % 45)
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +45,10 @@ def test_every_row_is_measured_once_and_its_problems_are_told(tmp_path: Path, wo
     assert found.num_tokens.tolist() == [0 if index % 7 == 0 else index + 1 for index in range(50)]
     assert found.num_supervised.tolist() == [index // 2 for index in range(50)]
     assert found.num_tiles.tolist() == [index % 3 for index in range(50)]
-    assert (len(found), found.num_fatal, found.counts) == (50, 8, {"odd": 10, "torn": 8})
+    assert (len(found), found.num_fatal, found.counts) == (50, 8, {"duplicate id": 10, "odd": 10, "torn": 8})
     lines = [json.loads(line) for line in (tmp_path / "index" / "problems.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines if line["is_fatal"]] == list(range(0, 50, 7))
+    assert [line["row"] for line in lines if line["kind"] == "duplicate id"] == [0, 1, 2, 3, 4, 45, 46, 47, 48, 49]
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 

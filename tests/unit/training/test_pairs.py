@@ -8,10 +8,13 @@ import pytest
 
 from llavakit.errors import DataError
 from llavakit.training.pairs import PairSource
+from llavakit.training.pictures import open_pictures
 from llavakit.training.preference import pack_pairs
 from llavakit.training.preference_config import CorruptionConfig
+from llavakit.training.rows import open_rows
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene
+from tests.odd_rows import ODD, Held, with_one_place_replaced
 from tests.tiny import NUM_IMAGE_TOKENS, tiny_processor
 
 QUESTION, GOOD, BAD = "what is there?", "a red circle", "two blue squares"
@@ -25,6 +28,11 @@ FORMS: dict[str, dict[str, Any]] = {
         "chosen": [{"role": "assistant", "content": GOOD}],
         "rejected": [{"role": "assistant", "content": [{"type": "text", "text": BAD}]}],
     },
+    "trl implicit": {
+        "chosen": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": GOOD}],
+        "rejected": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": BAD}],
+    },
+    "llava turns": {"conversations": [TURN], "chosen": {"from": "gpt", "value": GOOD}, "rejected": {"from": "gpt", "value": BAD}},
     "rlhf-v": {"question": QUESTION, "chosen": GOOD, "rejected": BAD},
     "rlhf-v nested": {"text": json.dumps({"question": QUESTION, "chosen": GOOD, "rejected": BAD})},
 }
@@ -33,7 +41,9 @@ FORMS: dict[str, dict[str, Any]] = {
 def source(folder: Path, rows: list[Any], corruption: CorruptionConfig | None = None) -> PairSource:
     (folder / "a.png").write_bytes(to_png(render(Scene((), Backdrop("plain", (9, 99, 199), (0, 0, 0), 0)), 30, 20)))
     (folder / "rows.json").write_text(json.dumps(rows))
-    return PairSource(folder / "rows.json", folder, tiny_processor(), corruption)
+    return PairSource(
+        open_rows(folder / "rows.json"), open_pictures(folder), tiny_processor(), corruption=corruption, max_sample_tokens=200
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -57,16 +67,19 @@ def test_measures_are_those_of_the_sample(tmp_path: Path) -> None:
 
 def test_pairs_that_cannot_train_are_measured_as_such(tmp_path: Path) -> None:
     same, lost = {**FORMS["rlhf-v"], "rejected": GOOD}, {**FORMS["rlhf-v"], "image": "gone.png"}
-    found = source(tmp_path, [same, {**FORMS["rlhf-v"], "chosen": " "}, lost])
-    messages = [found.measure(index).problems[0].message for index in range(3)]
+    found = source(tmp_path, [same, {**FORMS["rlhf-v"], "chosen": " "}, lost, {**FORMS["rlhf-v"], "question": "a" * 300}])
+    messages = [found.measure(index).problems[0].message for index in range(4)]
     assert "are the same" in messages[0]
     assert "the chosen answer is empty" in messages[1]
     assert "gone.png" in messages[2]
+    assert "at most 200 fit" in messages[3]
 
 
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
+        ({"text": "7"}, "needs chosen and rejected"),
+        ({"text": "[" * 100_000}, "is no JSON"),
         (7, "needs chosen and rejected"),
         ({"chosen": GOOD}, "needs chosen and rejected"),
         ({"chosen": GOOD, "rejected": BAD}, "needs conversations, prompt or question"),
@@ -79,5 +92,22 @@ def test_pairs_that_cannot_train_are_measured_as_such(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_pair_is_named(tmp_path: Path, row: Any, complaint: str) -> None:
+    found = source(tmp_path, [row])
+    assert complaint in found.measure(0).problems[0].message
     with pytest.raises(DataError, match=complaint):
-        source(tmp_path, [row])
+        found.sample(0)
+
+
+def test_a_picture_without_a_mark_comes_in_the_first_question(tmp_path: Path) -> None:
+    turns = [{"from": "system", "value": "Be short."}, TURN]
+    found = source(tmp_path, [{"image": "a.png", "conversations": turns, "chosen": GOOD, "rejected": BAD}])
+    assert found.measure(0).problems == ()
+    assert len(found.talk(0).messages[1].images) == 1
+
+
+def test_any_value_at_any_place_is_measured(tmp_path: Path) -> None:
+    rows = [other for form in FORMS.values() for odd in ODD for other in with_one_place_replaced({**form, "image": ["a.png"]}, odd)]
+    found = PairSource(Held(*rows), open_pictures(tmp_path), tiny_processor())
+    for index, row in enumerate(rows):
+        measured = found.measure(index)
+        assert measured.num_tokens > 0 or not measured.is_usable, row

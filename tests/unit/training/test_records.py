@@ -1,4 +1,4 @@
-"""LLaVA's JSON: what becomes of markers and pictures, and what is refused before the first step."""
+"""Rows of instruction data: what becomes of marks and pictures, and what is refused before the first step."""
 
 import json
 import random
@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from llavakit.errors import DataError, ImageError, PromptError
 from llavakit.training.checks import FAULTS
+from llavakit.training.forms import row_of
+from llavakit.training.pictures import PictureFolder, open_pictures
 from llavakit.training.records import RecordSource
+from llavakit.training.rows import open_rows
 from llavakit.types import Conversation, ImagePart, Message, TextPart
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import draw_scene
+from tests.odd_rows import ODD, Held, with_one_place_replaced
 from tests.tiny import tiny_processor
 
 
@@ -31,7 +36,8 @@ def source(folder: Path, *records: Any, max_sample_tokens: int | None = None) ->
     (folder / "records.json").write_text(json.dumps(records))
     (folder / "pictures").mkdir(exist_ok=True)
     (folder / "pictures" / "a.png").write_bytes(png())
-    return RecordSource(folder / "records.json", folder / "pictures", tiny_processor(), max_sample_tokens=max_sample_tokens)
+    rows, pictures = open_rows(folder / "records.json"), open_pictures(folder / "pictures")
+    return RecordSource(rows, pictures, tiny_processor(), max_sample_tokens=max_sample_tokens)
 
 
 def test_a_record_is_the_conversation_it_spells(tmp_path: Path) -> None:
@@ -77,7 +83,10 @@ ANSWERED = [turn("human", "Q"), turn("gpt", "A")]
 FAULTY: list[tuple[str, Any]] = [
     ("form", 7),
     ("form", {"id": "1"}),
-    ("form", {"messages": [{"role": "tool", "content": "x"}]}),
+    ("turn", {"messages": [{"role": "tool", "content": "x"}]}),
+    ("turn", {"messages": [{"role": "user", "content": [{"type": "video"}]}]}),
+    ("turn", {"messages": [{"role": "assistant", "content": [{"type": "image", "path": "a.png"}]}]}),
+    ("turn", {"texts": [{"user": "Q"}]}),
     ("no answer", {"conversations": []}),
     ("no answer", {"conversations": [turn("human", "Q")]}),
     ("no answer", {"conversations": [turn("gpt", "A")]}),
@@ -88,20 +97,26 @@ FAULTY: list[tuple[str, Any]] = [
     ("marks", {"conversations": [turn("human", "<image> Q"), turn("gpt", "A")]}),
     ("picture name", {"image": 3, "conversations": ANSWERED}),
     ("empty answer", {"conversations": [turn("human", "Q"), turn("gpt", " ")]}),
-    ("picture", {"image": "gone.png", "conversations": [turn("human", "<image> Q"), turn("gpt", "A")]}),
-    ("picture", {"image": "a\0.png", "conversations": [turn("human", "<image> Q"), turn("gpt", "A")]}),
-    ("picture", {"image": "../x.png", "conversations": [turn("human", "<image> Q"), turn("gpt", "A")]}),
+    ("missing picture", {"image": "gone.png", "conversations": [turn("human", "<image> Q"), turn("gpt", "A")]}),
+    ("missing picture", {"image": "a\0.png", "conversations": [turn("human", "<image> Q"), turn("gpt", "A")]}),
+    ("missing picture", {"image": "../x.png", "conversations": [turn("human", "<image> Q"), turn("gpt", "A")]}),
+    ("picture", {"image": "torn.png", "conversations": [turn("human", "<image> Q"), turn("gpt", "A")]}),
+    ("animated picture", {"image": "moving.gif", "conversations": [turn("human", "<image> Q"), turn("gpt", "A")]}),
     ("too long", {"conversations": [turn("human", "Q" * 900), turn("gpt", "A")]}),
-    ("duplicate id", {"id": "7", "conversations": ANSWERED}),
     ("empty question", {"conversations": [turn("human", ""), turn("gpt", "A")]}),
+    ("no last answer", {"conversations": [*ANSWERED, turn("human", "Q")]}),
+    ("opening answer", {"conversations": [turn("gpt", "Hi!"), *ANSWERED]}),
     ("markup in text", {"conversations": [turn("human", "What is </s>?"), turn("gpt", "A")]}),
 ]
 
 
 def test_every_fault_has_a_name_and_a_row_with_any_is_told(tmp_path: Path) -> None:
-    records = source(tmp_path, {"id": "7", "conversations": ANSWERED}, *(row for _, row in FAULTY), max_sample_tokens=800)
-    trains = ("duplicate id", "empty question", "markup in text")
-    for index, (kind, _) in enumerate(FAULTY, 1):
+    records = source(tmp_path, *(row for _, row in FAULTY), max_sample_tokens=800)
+    (tmp_path / "pictures" / "torn.png").write_bytes(png()[:20])
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "pictures" / "moving.gif", save_all=True, append_images=frames[1:])
+    trains = ("empty question", "markup in text", "no last answer", "opening answer")
+    for index, (kind, _) in enumerate(FAULTY):
         measured = records.measure(index)
         assert [problem.kind for problem in measured.problems] == [kind], (index, measured)
         assert measured.problems[0].is_fatal == (kind not in trains)
@@ -120,11 +135,54 @@ def test_messages_and_lines_are_read_too(tmp_path: Path) -> None:
     turns = [turn("system", "Be short."), turn("human", "<image>\nWhat?"), turn("gpt", "A dot.")]
     records = source(tmp_path, {"images": ["a.png"], "messages": messages}, {"image": "a.png", "conversations": turns})
     assert records.sample(0).ids == records.sample(1).ids
-    (tmp_path / "rows.jsonl").write_text("\ufeff" + "\r\n".join(json.dumps({"conversations": ANSWERED}) for _ in range(3)) + "\n\n")
-    assert len(RecordSource(tmp_path / "rows.jsonl", tmp_path, tiny_processor())) == 3
-    (tmp_path / "torn.jsonl").write_text('{"a": 1}\n{"b"\n')
-    with pytest.raises(DataError, match=r"torn\.jsonl, line 2"):
-        RecordSource(tmp_path / "torn.jsonl", tmp_path, tiny_processor())
+
+
+def spelled(value: Any) -> list[tuple[str, tuple[str | None, ...]]]:
+    return [(turn.role, turn.parts) for turn in row_of(value)[0].turns]
+
+
+def test_one_picture_comes_first_and_several_keep_their_places() -> None:
+    def asked(text: str, *pictures: str) -> list[tuple[str, tuple[str | None, ...]]]:
+        return spelled({"image": list(pictures), "conversations": [turn("human", text), turn("gpt", "A")]})[:1]
+
+    assert asked("What is it? \n<image>", "a") == [("user", (None, "What is it?"))]
+    assert asked("<image>\n<image>\nSame?", "a", "b") == [("user", (None, None, "Same?"))]
+    assert asked("Is <image> like <image>?", "a", "b") == [("user", ("Is ", None, " like ", None, "?"))]
+    assert asked("<image>\nand <image>", "a", "b") == [("user", (None, "and ", None))]
+    assert asked("<image><image>", "a", "b") == [("user", (None, None))]
+
+
+def test_of_typed_content_only_the_pictures_are_pictures(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "A"}
+    text = {"type": "text", "text": "What does <image> mean?", "index": None}
+    assert spelled({"messages": [{"role": "user", "content": [text]}, answer]})[0] == ("user", ("What does <image> mean?",))
+    named = {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}, text]}, answer]}
+    numbered = [{"type": "image", "index": 1}, text, {"type": "image", "index": 0}]
+    assert row_of(named)[0].pictures == ("a.png",)
+    row, _ = row_of({"images": ["a", b"b"], "messages": [{"role": "user", "content": numbered}, answer]})
+    assert row.pictures == (b"b", "a")
+    assert row.turns[0].parts == (None, "What does <image> mean?", None)
+    unmarked, _ = row_of({"images": ["a"], "messages": [{"role": "user", "content": "What?"}, answer]})
+    assert unmarked.turns[0].parts == (None, "What?")
+    spelled_there = source(tmp_path, {"messages": [{"role": "user", "content": [text]}, answer]}).measure(0)
+    assert [problem.kind for problem in spelled_there.problems] == ["markup in text"]
+
+
+def test_exchanges_of_the_cauldron_are_turns() -> None:
+    exchanges = [{"user": "Q1", "assistant": "A1", "source": "x"}, {"user": "Q2", "assistant": "A2", "source": "x"}]
+    row, _ = row_of({"images": [b"png"], "texts": exchanges})
+    assert [turn.parts for turn in row.turns] == [(None, "Q1"), ("A1",), ("Q2",), ("A2",)]
+
+
+def test_pictures_in_the_row_are_the_same_as_pictures_by_name() -> None:
+    turns = [turn("human", "<image>\nQ"), turn("gpt", "A")]
+    files = PictureFolder(Path("."))
+    held = Held({"image": png(), "conversations": turns})
+    source = RecordSource(held, files, tiny_processor())
+    assert source.sample(0).tiles_N3SS.shape[0] == 1
+    assert source.measure(0).num_tokens == source.sample(0).num_tokens
+    torn = RecordSource(Held({"image": png()[:20], "conversations": turns}), files, tiny_processor()).measure(0)
+    assert torn.problems[0].message.startswith("picture 1 of the row:")
 
 
 KEYS = ("conversations", "from", "value", "image", "messages", "role", "content", "id", "type", "text")
@@ -132,6 +190,29 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sa
 JSON = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4), max_leaves=12
 )
+
+
+VALID: tuple[dict[str, Any], ...] = (
+    {"id": "1", "image": "a.png", "conversations": [turn("human", "<image>\nQ"), turn("gpt", "A"), turn("human", "Q"), turn("gpt", "B")]},
+    {
+        "images": ["a.png"],
+        "messages": [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]},
+            {"role": "assistant", "content": "A"},
+        ],
+    },
+    {"images": ["a.png"], "texts": [{"user": "Q", "assistant": "A"}]},
+)
+
+
+def test_any_value_at_any_place_is_measured() -> None:
+    values = [other for value in VALID for odd in ODD for other in with_one_place_replaced(value, odd)]
+    records = RecordSource(Held(*values), PictureFolder(Path("nowhere")), tiny_processor())
+    for index, value in enumerate(values):
+        measured = records.measure(index)
+        assert measured.num_tokens > 0 or not measured.is_usable, value
+        json.dumps(measured.id)
 
 
 @settings(max_examples=200, deadline=None)
@@ -146,5 +227,5 @@ def test_any_json_is_measured(value: Any) -> None:
 def test_pictures_come_from_their_folder_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.png").write_bytes(png())
     records = source(tmp_path, {"image": name, "conversations": [turn("human", "<image>\nQ"), turn("gpt", "A")]})
-    with pytest.raises(ImageError, match="picture"):
+    with pytest.raises(DataError, match="picture"):
         records.sample(0)

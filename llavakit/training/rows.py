@@ -1,0 +1,229 @@
+"""Rows as they lie in files: JSON lists, JSON lines, tar shards, and whatever the package datasets opens.
+
+Owns: Rows and open_rows. Refuses: what a row means (forms).
+Invariants: no more than one row is in memory at a time, whatever the size of the file; nothing stays open, so that any process may read;
+a row that is no JSON is that row's fault, a file that is cut off is the file's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import re
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from llavakit.errors import DataError
+from llavakit.storage.tar import TarFiles, TarMember, is_archive
+from llavakit.training.checks import FaultError
+
+__all__ = ["Rows", "open_rows"]
+
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_BOM = b"\xef\xbb\xbf"
+_JSON_TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
+"""Strings whole, brackets and commas; a quotation mark alone opens a string that never ends."""
+
+
+class Rows(Protocol):
+    """Rows by number."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> Any:
+        """Read a row as JSON has it, pictures that it holds as bytes. Raises: FaultError for one that is no JSON."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Tell these rows from others."""
+        ...
+
+
+def open_rows(name: str | Path, *, subset: str | None = None, split: str = "train") -> Rows:
+    """Open a file of rows (.json, .jsonl, .parquet, .tar or a pattern of them), a folder, or a data set of the hub.
+
+    subset and split say which part of a data set is meant. Raises: DataError.
+    """
+    place, path = str(name), Path(name)
+    if is_archive(place):
+        return _TarRows(place)
+    if path.suffix in (".json", ".jsonl"):
+        return _JsonRows(path)
+    if path.exists() or path.suffix == ".parquet" or _HUB_ID.fullmatch(place):
+        return _DatasetRows(place, subset, split)
+    raise DataError(f"there is no file or folder {place}; rows are .json, .jsonl, .parquet, .tar, a folder, or a hub id like owner/name")
+
+
+class _JsonRows:
+    """A JSON list of rows, or a row on each line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with path.open("rb") as file:
+                self.digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if path.stat().st_size == 0:
+                    raise DataError(f"{path} is empty")
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    spans = _lines(data) if path.suffix == ".jsonl" else _elements(data, path)
+                    self._spans = array("Q", (place for span in spans for place in span))
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        if not self._spans:
+            raise DataError(f"{path} holds no rows")
+
+    def __len__(self) -> int:
+        return len(self._spans) // 2
+
+    def row(self, index: int) -> Any:
+        begin, end = self._spans[2 * index : 2 * index + 2]
+        with self._path.open("rb") as file:
+            file.seek(begin)
+            data = file.read(end - begin)
+        try:
+            return json.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise FaultError("form", f"it is no JSON: {error}") from error
+
+
+def _lines(data: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """Find the lines that hold something."""
+    begin = len(_BOM) if data[: len(_BOM)] == _BOM else 0
+    while begin < len(data):
+        found = data.find(b"\n", begin)
+        end = len(data) if found < 0 else found
+        if data[begin:end].strip():
+            yield begin, end
+        begin = end + 1
+
+
+def _elements(data: mmap.mmap, path: Path) -> Iterator[tuple[int, int]]:
+    """Find the elements of a list, which are parsed only when they are asked for. Raises: DataError."""
+    begin, depth = 0, 0
+    for token in _JSON_TOKENS.finditer(data):
+        match token.group():
+            case b"[" | b"{" as mark:
+                if depth == 0 and (mark != b"[" or data[: token.start()].removeprefix(_BOM).strip() or begin):
+                    break
+                depth += 1
+                begin = token.end() if depth == 1 else begin
+            case b"]" | b"}" as mark:
+                depth -= 1
+                if depth == 0 and (mark == b"}" or data[token.end() :].strip()):
+                    break
+                if depth == 0 and data[begin : token.start()].strip():
+                    yield begin, token.start()
+                if depth < 0:
+                    break
+            case b",":
+                if depth == 1:
+                    yield begin, token.start()
+                    begin = token.end()
+            case b'"':
+                break
+    else:
+        if depth == 0 and begin:
+            return
+    raise DataError(f"{path} must hold one whole JSON list of rows; it is cut off, damaged or something else")
+
+
+class _TarRows:
+    """Web datasets: files of one name up to the first dot are a row: its pictures, and .json or .txt, which is a caption."""
+
+    def __init__(self, pattern: str) -> None:
+        self._files = TarFiles(pattern)
+        grouped = groupby(self._files.members, key=lambda member: (member.shard, _key(member)))
+        self._rows = [row for _, members in grouped if (row := _members_of_row(list(members)))]
+        if not self._rows:
+            raise DataError(f"{pattern} holds no rows: files like 7.jpg and 7.json, or 7.txt, next to each other")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self._files.identity()).encode()).hexdigest()
+
+    def row(self, index: int) -> Any:
+        words: dict[str, str] = {}
+        pictures: list[bytes] = []
+        for member in self._rows[index]:
+            data = self._files.read(member)
+            if (suffix := PurePosixPath(member.name).suffix.lower()) in _PICTURES:
+                pictures.append(data)
+            else:
+                words[suffix] = data.decode("utf-8", errors="replace")
+        try:
+            value = json.loads(words[".json"]) if ".json" in words else None
+        except (ValueError, RecursionError) as error:
+            raise FaultError("form", f"its .json is no JSON: {error}") from error
+        if isinstance(value, dict) and ({"conversations", "messages", "chosen"} & value.keys()):
+            return {**value, "image": pictures} if pictures else value
+        if ".txt" not in words:
+            raise FaultError("form", "it has neither a .json with conversations or messages, nor a caption in .txt")
+        turns = [{"from": "human", "value": "<image>" * len(pictures)}, {"from": "gpt", "value": words[".txt"].strip()}]
+        return {"id": _key(self._rows[index][0]), "image": pictures, "conversations": turns}
+
+
+def _key(member: TarMember) -> str:
+    path = PurePosixPath(member.name)
+    return str(path.with_name(path.name.split(".", 1)[0])) if path.name.split(".", 1)[0] else member.name
+
+
+def _members_of_row(members: Sequence[TarMember]) -> tuple[TarMember, ...]:
+    """Keep what belongs to a row; nothing where there are no words."""
+    suffixes = [PurePosixPath(member.name).suffix.lower() for member in members]
+    known = [member for member, suffix in zip(members, suffixes, strict=True) if suffix in (".json", ".txt", *_PICTURES)]
+    return tuple(known) if {".json", ".txt"} & set(suffixes) else ()
+
+
+class _DatasetRows:
+    """What the package datasets opens: Parquet and other files, folders of them, and data sets of the hub."""
+
+    def __init__(self, name: str, subset: str | None, split: str) -> None:
+        self._dataset = _open_dataset(name, subset, split).with_format("arrow")
+        if not len(self._dataset):
+            raise DataError(f"{name} holds no rows")
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @property
+    def digest(self) -> str:
+        return str(self._dataset._fingerprint)  # what datasets itself keeps its caches by; it has no public name
+
+    def row(self, index: int) -> Any:
+        return _plain(self._dataset[index].to_pylist()[0])
+
+
+def _open_dataset(name: str, subset: str | None, split: str) -> Any:
+    """Open one split. Raises: DataError with what datasets says."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"reading {name} needs the package datasets: pip install 'llavakit[data]'") from error
+    path = Path(name)
+    try:
+        if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+            found = datasets.load_from_disk(name)
+            return found[split] if isinstance(found, Mapping) else found
+        if path.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=name, split=split)
+        return datasets.load_dataset(name, subset, split=split)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"cannot open {name} as a data set (subset {subset}, split {split}): {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Turn pictures as datasets keep them, tables of bytes and path, into what rows have: bytes, or a name."""
+    if isinstance(value, dict):
+        if value.keys() == {"bytes", "path"}:
+            return value["path"] if value["bytes"] is None else value["bytes"]
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
