@@ -99,16 +99,8 @@ def sft_text(model: ModelSource, sources: tuple[SourceConfig, ...]) -> TrainConf
 
 def _aligned(name: str, model: ModelSource, sources: tuple[SourceConfig, ...], *, lr: float, samples_per_step: int) -> TrainConfig:
     """Stage 1: the projector alone, a picture and its caption, pictures cropped to their middle square."""
-    return TrainConfig(
-        recipe=name,
-        model=model,
-        data=DataConfig(sources=sources),
-        optim=OptimConfig(lr=lr, warmup_share=_WARMUP_SHARE),
-        samples_per_step=samples_per_step,
-        trainable=(PROJECTOR,),
-        template="plain",
-        preprocess="crop",
-    )
+    config = _tuned(name, model, sources, samples_per_step=samples_per_step, epochs=1.0, lr=lr)
+    return replace(config, trainable=(PROJECTOR,), template="plain", preprocess="crop")
 
 
 def _tuned(

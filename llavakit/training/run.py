@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -108,7 +107,7 @@ def _keep_features(
     is_trained = isinstance(core, LlavaCore) and any(weight.requires_grad for weight in core.vision_tower.parameters())
     if not isinstance(core, LlavaCore) or is_trained or len(sources) < len(sets):
         raise ConfigError("data.cache_features keeps what a frozen tower sees in rows that are no pairs; turn it off for this run")
-    dtype = COMPUTE_DTYPES[_decided_dtype(config)]
+    dtype = COMPUTE_DTYPES[config.decided_dtype]
     for turn in (0, parallel.size - 1):  # the others find everything there
         if parallel.rank <= turn:
             kept = [
@@ -123,7 +122,7 @@ def _objective(
     config: TrainConfig, core: LlamaCore | LlavaCore, sets: Sequence[RowSet], batches: BestFitSource, run_dir: Path, parallel: Parallel
 ) -> Objective:
     """Choose the loss; for pairs also what the model is held to: itself without adapters, or what it gave before training, kept."""
-    dtype = _decided_dtype(config)
+    dtype = config.decided_dtype
     touches_all = parallel.size > 1 and isinstance(core, LlavaCore)
     if config.preference is None:
         return PackedLoss(dtype, touches_all)
@@ -139,11 +138,6 @@ def _objective(
     values = store.read()
     batches.parts = [replace(part, samples=ReferencedSource(part.samples, values)) for part in batches.parts]
     return PreferenceLoss(config.preference, dtype, touches_all=touches_all)
-
-
-def _decided_dtype(config: TrainConfig) -> Literal["float32", "bfloat16"]:
-    assert config.compute_dtype != "auto", "it was decided before"
-    return config.compute_dtype
 
 
 def _trainer(
@@ -168,7 +162,7 @@ def _loop(config: TrainConfig, batches: BestFitSource) -> LoopConfig:
         steps=config.steps,
         optim=config.optim,
         trainable=config.trainable,
-        compute_dtype=_decided_dtype(config),
+        compute_dtype=config.decided_dtype,
         microbatches=_microbatches(config, batches),
         seed=config.seed,
         workers=config.workers,

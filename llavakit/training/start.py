@@ -69,7 +69,7 @@ def find_start(config: TrainConfig) -> Start:
 
 def load_model(config: TrainConfig, start: Start, device: torch.device) -> Trainee:
     """Load the weights: what trains becomes float32, what does not the dtype of the activations. Raises: CheckpointError, ConfigError."""
-    dtype, is_quantized = _dtype(config), config.quantize != "none"
+    dtype, is_quantized = COMPUTE_DTYPES[config.decided_dtype], config.quantize != "none"
     core = load_core(start.folder, start.config, sources=start.sources, device="cpu" if is_quantized else device)
     dtypes = {name: weight.dtype for name, weight in core.named_parameters()}
     if is_quantized:
@@ -125,8 +125,3 @@ def _write_processor(processor: LlavaProcessor | TextProcessor, folder: Path) ->
         (folder / name).write_bytes(data)
     if processor.template.holds_talks:
         (folder / "chat_template.jinja").write_text(jinja_text(processor.template), encoding="utf-8")
-
-
-def _dtype(config: TrainConfig) -> torch.dtype:
-    assert config.compute_dtype != "auto", "it was decided before"
-    return COMPUTE_DTYPES[config.compute_dtype]

@@ -141,7 +141,7 @@ class Trainer:
         return batch_digest(self.source.batch(self.state.step * self.config.microbatches - 1).batch)
 
     def _numbers(self) -> list[int]:
-        """List the batches of this process from here to the end: as many in every process, so some may come twice (see _step)."""
+        """List the batches of this process from here to the end: as many in every process, so some may come twice (see _gradients)."""
         size, count = self.parallel.size, self.config.microbatches
         places = [min(first + self.parallel.rank, count - 1) for first in range(0, count, size)]
         return [step * count + place for step in range(self.state.step, self.config.steps) for place in places]
