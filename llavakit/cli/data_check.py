@@ -70,6 +70,7 @@ def data_check(
     json
         Print a JSON document in place of a table.
     """
+    from llavakit.cli.options import load_processor_alone
     from llavakit.training.checks import duplicate_ids
     from llavakit.training.pairs import PairSource
     from llavakit.training.pictures import open_pictures
@@ -77,7 +78,7 @@ def data_check(
     from llavakit.training.rows import open_rows
 
     show_logs()
-    processor, kind = _processor(model, template), PairSource if pairs else RecordSource
+    processor, kind = load_processor_alone(model, template), PairSource if pairs else RecordSource
     rows = kind(open_rows(file, subset=subset, split=split), open_pictures(images), processor, max_sample_tokens=max_len)
     faults: list[tuple[int, Fault]] = []
     lengths: list[int] = []
@@ -98,16 +99,6 @@ def data_check(
     for index in range(min(show, len(rows))):
         _show(rows, index, processor)
     return _FAULTY if strict and len(lengths) < len(rows) else _FINE
-
-
-def _processor(model: str | None, template: str | None) -> LlavaProcessor | TextProcessor:
-    from llavakit.checkpoint.load import load_config, load_processor
-    from llavakit.engine.llm import MINIATURE
-    from llavakit.processing.chat import find_template
-    from llavakit.storage.hub import resolve_model
-
-    folder = resolve_model(MINIATURE if model is None else model)
-    return load_processor(folder, load_config(folder), None if template is None else find_template(template))
 
 
 def _with_bar(count: int) -> Iterator[int]:

@@ -29,6 +29,13 @@ _COMMANDS = (
     ("convert-llama-weights", "Convert Llama weights from Meta's own files."),
 )
 
+_PREPARED = (
+    ("scienceqa", "ScienceQA, as LLaVA trained on it."),
+    ("mix665k", "LLaVA-1.5's mixture, from the sets that it is made of."),
+    ("coco", "COCO's captions, one a picture."),
+    ("cc3m", "CC3M or other captioned pictures, balanced by their concepts."),
+)
+
 
 def build_app() -> App:
     """Build the parser of all commands; none is imported before it is called."""
@@ -41,8 +48,12 @@ def build_app() -> App:
     )
     for name, summary in _COMMANDS:
         app.command("llavakit.cli.{0}:{0}".format(name.replace("-", "_")), name=name, help=summary)
-    data = App(name="data", help="Look at training data.", result_action="return_value")
+    data = App(name="data", help="Prepare training data and look at it.", result_action="return_value")
     data.command("llavakit.cli.data_check:data_check", name="check", help="Say what is wrong with rows before they train.")
+    prepare = App(name="prepare", help="Turn sets as they are published into rows to train on.", result_action="return_value")
+    for name, summary in _PREPARED:
+        prepare.command(f"llavakit.cli.data_prepare:{name}", name=name, help=summary)
+    data.command(prepare)
     app.command(data)
     return app
 

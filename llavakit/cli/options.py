@@ -16,8 +16,10 @@ from llavakit.types import SamplingParams
 
 if TYPE_CHECKING:
     from llavakit.engine.llm import LLM
+    from llavakit.processing.processor import LlavaProcessor
+    from llavakit.processing.text import TextProcessor
 
-__all__ = ["ModelOptions", "SamplingOptions", "printable", "read_image"]
+__all__ = ["ModelOptions", "SamplingOptions", "load_processor_alone", "printable", "read_image"]
 
 _MAX_BYTES = 64 << 20
 
@@ -104,6 +106,17 @@ class SamplingOptions:
     def params(self) -> SamplingParams:
         """Translate into the loop's parameters."""
         return SamplingParams(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+
+def load_processor_alone(model: str | None, template: str | None) -> LlavaProcessor | TextProcessor:
+    """Load a model's processor without its weights; the embedded miniature's by default. Raises: CheckpointError, ConfigError."""
+    from llavakit.checkpoint.load import load_config, load_processor
+    from llavakit.engine.llm import MINIATURE
+    from llavakit.processing.chat import find_template
+    from llavakit.storage.hub import resolve_model
+
+    folder = resolve_model(MINIATURE if model is None else model)
+    return load_processor(folder, load_config(folder), None if template is None else find_template(template))
 
 
 def read_image(path: Path) -> bytes:

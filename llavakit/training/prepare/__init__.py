@@ -1,0 +1,1 @@
+"""Training rows from sets as they are published."""
