@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from llavakit.errors import LlavaError
 from llavakit.logs import show_logs
@@ -35,6 +35,7 @@ def data_check(
     model: str | None = None,
     template: str | None = None,
     max_len: int = 2048,
+    masks: Literal["answers", "llava-exact"] = "answers",
     pairs: bool = False,
     strict: bool = False,
     show: int = 0,
@@ -59,6 +60,8 @@ def data_check(
         Chat template to use instead of the model's.
     max_len
         Most tokens of a sample.
+    masks
+        Which tokens are learned: answers and their ends, or what LLaVA's own code makes of a row.
     pairs
         The rows are pairs of a better and a worse answer.
     strict
@@ -72,14 +75,12 @@ def data_check(
     """
     from llavakit.cli.options import load_processor_alone
     from llavakit.training.checks import duplicate_ids
-    from llavakit.training.pairs import PairSource
-    from llavakit.training.pictures import open_pictures
-    from llavakit.training.records import RecordSource
-    from llavakit.training.rows import open_rows
+    from llavakit.training.config import SourceConfig
+    from llavakit.training.sets import open_source
 
     show_logs()
-    processor, kind = load_processor_alone(model, template), PairSource if pairs else RecordSource
-    rows = kind(open_rows(file, subset=subset, split=split), open_pictures(images), processor, max_sample_tokens=max_len)
+    processor, source = load_processor_alone(model, template), SourceConfig(rows=file, images=images, subset=subset, split=split)
+    rows = open_source(source, processor, is_pairs=pairs, max_sample_tokens=max_len, masks=masks)
     faults: list[tuple[int, Fault]] = []
     lengths: list[int] = []
     ids: list[str | int | None] = []
@@ -137,19 +138,20 @@ def _print(num_rows: int, lengths: list[int], faults: list[tuple[int, Fault]]) -
 def _show(rows: RecordSource | PairSource, index: int, processor: LlavaProcessor | TextProcessor) -> None:
     """Print a row's tokens, stretches that are learned marked."""
     from llavakit.cli.options import printable
+    from llavakit.training.data import Sample
 
     before, after = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[[", "]]")
     sys.stdout.write(f"--- row {index}\n")
     try:
-        talk = rows.talk(index)
-        prompt = processor.prompt(talk, add_generation_prompt=False)
+        sample = rows.sample(index)
     except LlavaError as error:
         sys.stdout.write(f"cannot train: {error}\n")
         return
-    for is_learned, stretch in groupby(zip(prompt.ids, prompt.loss_mask, strict=True), key=lambda pair: pair[1]):
-        text = printable(_text([token for token, _ in stretch], processor.tokenizer))
-        sys.stdout.write(f"{before}{text}{after}" if is_learned else text)
-    sys.stdout.write("\n")
+    for shown in (sample,) if isinstance(sample, Sample) else (sample.chosen, sample.rejected):
+        for is_learned, stretch in groupby(zip(shown.ids, shown.loss_mask, strict=True), key=lambda pair: pair[1]):
+            text = printable(_text([token for token, _ in stretch], processor.tokenizer))
+            sys.stdout.write(f"{before}{text}{after}" if is_learned else text)
+        sys.stdout.write("\n")
 
 
 def _text(ids: list[int], tokenizer: Tokenizer) -> str:

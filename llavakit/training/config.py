@@ -137,6 +137,8 @@ class DataConfig:
     """A batch's length is rounded up to a multiple of it, so that few shapes come up."""
     seed: int = 0
     """Seed of the order of samples; each epoch has its own order."""
+    masks: Literal["answers", "llava-exact"] = "answers"
+    """Which tokens are learned: answers and their ends, or what LLaVA's own code makes of a row (training/exact)."""
     cache_features: bool = False
     """Keep what a frozen tower makes of each picture in the run's folder: for several epochs over a small model."""
     max_bad_share: float = 0.01

@@ -6,14 +6,17 @@ Owns: RecordSource. Refuses: files (rows, pictures) and what a row means (forms)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from llavakit.errors import LlavaError
-from llavakit.geometry import num_tiles
+from llavakit.geometry import ImageGrid, num_tiles
 from llavakit.processing.processor import LlavaProcessor
+from llavakit.processing.segments import EncodedChat
 from llavakit.processing.text import TextProcessor
 from llavakit.training.checks import Fault, Measures, fault_of, too_long
 from llavakit.training.data import Sample, sample_of_prompt
+from llavakit.training.exact import check_exact, exact_chat
 from llavakit.training.forms import Row, row_of
 from llavakit.training.pictures import Pictures, picture_bytes, picture_grids
 from llavakit.training.rows import Rows
@@ -29,9 +32,19 @@ class RecordSource:
     """Samples of instruction data; sample(i) is row i."""
 
     def __init__(
-        self, rows: Rows, pictures: Pictures, processor: LlavaProcessor | TextProcessor, *, max_sample_tokens: int | None = None
+        self,
+        rows: Rows,
+        pictures: Pictures,
+        processor: LlavaProcessor | TextProcessor,
+        *,
+        max_sample_tokens: int | None = None,
+        is_exact: bool = False,
     ) -> None:
-        self._rows, self._pictures, self._processor, self._most = rows, pictures, processor, max_sample_tokens
+        """With is_exact ids and masks are those of LLaVA's own code. Raises: ConfigError where it has no such template."""
+        self._rows, self._pictures, self._processor = rows, pictures, processor
+        self._most, self._is_exact = max_sample_tokens, is_exact
+        if is_exact:
+            check_exact(processor)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -39,11 +52,17 @@ class RecordSource:
     @property
     def digest(self) -> str:
         """Digest what the samples depend on, besides pictures and processor."""
-        return hashlib.sha256(f"{self._rows.digest} {self._most}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._rows.digest} {self._most} {self._is_exact}".encode()).hexdigest()
 
     def sample(self, index: int) -> Sample:
         """Build the sample of a row. Raises: DataError, ImageError, PromptError."""
-        return sample_of_prompt(self._processor.prompt(self.talk(index), add_generation_prompt=False))
+        row, _ = row_of(self._rows.row(index))
+        conversation = row.conversation(picture_bytes(self._pictures, row.pictures))
+        prompt = self._processor.prompt(conversation, add_generation_prompt=False)
+        if self._is_exact:
+            chat = exact_chat(self._processor, row, prompt.grids)
+            prompt = replace(prompt, ids=chat.ids, loss_mask=chat.loss_mask)
+        return sample_of_prompt(prompt)
 
     def talk(self, index: int) -> Conversation:
         """Build a row's conversation, pictures included. Raises: DataError, ImageError, PromptError."""
@@ -59,8 +78,7 @@ class RecordSource:
             name = row.id
             problems += _warnings(row, begins_with_answer=begins_with_answer)
             grids = picture_grids(self._pictures, row.pictures, self._processor)
-            conversation = row.conversation([_NO_BYTES] * len(row.pictures))
-            encoded = self._processor.encode_chat(conversation, grids, add_generation_prompt=False)[1]
+            encoded = self._encode(row, grids)
         except LlavaError as error:
             return Measures(0, 0, 0, (*problems, fault_of(error, "form")), name)
         num_learned = sum(encoded.loss_mask[1:])
@@ -68,6 +86,12 @@ class RecordSource:
             problems.append(Fault("nothing learned", "no token of it is learned", is_fatal=True))
         problems += too_long(len(encoded.ids), self._most)
         return Measures(len(encoded.ids), num_learned, sum(map(num_tiles, grids)), tuple(problems), name)
+
+    def _encode(self, row: Row, grids: Sequence[ImageGrid]) -> EncodedChat:
+        if self._is_exact:
+            return exact_chat(self._processor, row, grids)
+        conversation = row.conversation([_NO_BYTES] * len(row.pictures))
+        return self._processor.encode_chat(conversation, grids, add_generation_prompt=False)[1]
 
     def decode(self, index: int) -> None:
         """Decode a row's pictures as a sample would. Raises: ImageError, DataError."""

@@ -1,6 +1,6 @@
 """The sets of rows that a run reads, opened, measured and planned.
 
-Owns: RowSet, open_sets, plan_batches and the conversations to look at. Refuses: formats (records) and packing.
+Owns: RowSet, open_sets, open_source, plan_batches and the conversations to look at. Refuses: formats (records) and packing.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from llavakit.errors import DataError
+from llavakit.errors import ConfigError, DataError
 from llavakit.logs import logger
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.text import TextProcessor
@@ -21,11 +22,12 @@ from llavakit.training.pairs import PairSource
 from llavakit.training.parallel import Parallel
 from llavakit.training.pictures import open_pictures
 from llavakit.training.preference import pack_pairs
+from llavakit.training.preference_config import CorruptionConfig
 from llavakit.training.records import RecordSource
 from llavakit.training.rows import open_rows
 from llavakit.types import Conversation
 
-__all__ = ["RowSet", "open_sets", "plan_batches", "talks_of"]
+__all__ = ["RowSet", "open_sets", "open_source", "plan_batches", "talks_of"]
 
 _LOG = logger("training")
 Processor = LlavaProcessor | TextProcessor
@@ -54,7 +56,14 @@ def open_sets(config: TrainConfig, processor: Processor, folder: Path, parallel:
         raise DataError("a run needs rows to train on; name a file with --data")
     sets = []
     for place, source in enumerate(config.data.sources):
-        samples = _open(source, config, processor)
+        samples = open_source(
+            source,
+            processor,
+            is_pairs=config.preference is not None,
+            max_sample_tokens=config.data.max_sample_tokens,
+            masks=config.data.masks,
+            corruption=None if config.preference is None else config.preference.spoils,
+        )
         key = index_key({"rows": samples.digest, "images": source.images, "processor": _digest(processor)})
         own = folder / str(place)
         if parallel.rank == 0:
@@ -64,6 +73,24 @@ def open_sets(config: TrainConfig, processor: Processor, folder: Path, parallel:
         _check_share(source.rows, index, own, config.data.max_bad_share, is_first=parallel.rank == 0)
         sets.append(RowSet(source, samples, index))
     return sets
+
+
+def open_source(
+    source: SourceConfig,
+    processor: Processor,
+    *,
+    is_pairs: bool,
+    max_sample_tokens: int,
+    masks: Literal["answers", "llava-exact"] = "answers",
+    corruption: CorruptionConfig | None = None,
+) -> RecordSource | PairSource:
+    """Open one set of rows and its pictures. Raises: DataError, ConfigError."""
+    rows, pictures = open_rows(source.rows, subset=source.subset, split=source.split), open_pictures(source.images)
+    if not is_pairs:
+        return RecordSource(rows, pictures, processor, max_sample_tokens=max_sample_tokens, is_exact=masks == "llava-exact")
+    if masks != "answers":
+        raise ConfigError("pairs learn their answers; masks like the original's are for instruction data")
+    return PairSource(rows, pictures, processor, corruption=corruption, max_sample_tokens=max_sample_tokens)
 
 
 def plan_batches(sets: Sequence[RowSet], config: TrainConfig) -> BestFitSource:
@@ -77,14 +104,6 @@ def talks_of(sets: Sequence[RowSet], count: int) -> list[Conversation]:
     usable = [one.usable for one in sets]
     chosen = [(one, places[turn]) for turn in range(count) for one, places in zip(sets, usable, strict=True) if turn < len(places)]
     return [one.samples.talk(place) for one, place in chosen[:count]]
-
-
-def _open(source: SourceConfig, config: TrainConfig, processor: Processor) -> RecordSource | PairSource:
-    rows, pictures = open_rows(source.rows, subset=source.subset, split=source.split), open_pictures(source.images)
-    most = config.data.max_sample_tokens
-    if config.preference is not None:
-        return PairSource(rows, pictures, processor, corruption=config.preference.spoils, max_sample_tokens=most)
-    return RecordSource(rows, pictures, processor, max_sample_tokens=most)
 
 
 def _digest(processor: Processor) -> str:
