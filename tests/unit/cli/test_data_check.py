@@ -33,13 +33,13 @@ def test_faults_are_listed_by_kind_and_strict_tells_by_its_code(rows: tuple[Path
     assert check(rows) == 0
     printed = capsys.readouterr().out
     assert "7 of 9 rows can train" in printed
-    assert "1  picture: a picture is missing" in printed
+    assert "1  missing picture: a picture is not there" in printed
     assert "row 0: cannot read picture '0.png'" in printed
     assert "1  form: the row is of no known form" in printed
     assert check(rows, "--strict", "--decode", "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["can_train"]) == (9, 6)  # the torn picture has a sound header
-    assert {(fault["row"], fault["kind"]) for fault in found["faults"]} == {(0, "picture"), (1, "picture"), (2, "form")}
+    assert {(fault["row"], fault["kind"]) for fault in found["faults"]} == {(0, "missing picture"), (1, "picture"), (2, "form")}
 
 
 def test_learned_tokens_are_in_brackets(rows: tuple[Path, Path], capsys: Any) -> None:
@@ -56,7 +56,7 @@ def test_pairs_are_checked_as_pairs(rows: tuple[Path, Path], capsys: Any) -> Non
     assert check(rows, "--pairs", "--strict") == 1
     printed = capsys.readouterr().out
     assert "1 of 2 rows can train" in printed
-    assert "1  pair: its two answers are the same" in printed
+    assert "1  pair: it is no pair, its two answers are the same" in printed
 
 
 def test_a_file_that_is_none_is_one_line(tmp_path: Path, capsys: Any) -> None:
