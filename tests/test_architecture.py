@@ -39,7 +39,7 @@ ESCAPES = {"importlib", "__import__", "pickle", "dill", "marshal", "eval", "exec
 HARMLESS = {"importlib.metadata.version", "pickle.UnpicklingError"}
 CLOSED = {"storage/plain_pickle.py": {"pickle.Unpickler"}}  # it refuses every name, so nothing can be called
 BAD_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
-CHOKE_POINTS = {"Image.open": {"processing/image.py"}, "torch.load": {"storage/pickle_tensors.py"}, "logging.basicConfig": set()}
+CHOKE_POINTS = {"Image.open": {"processing/decode.py"}, "torch.load": {"storage/pickle_tensors.py"}, "logging.basicConfig": set()}
 MAX_FILE, MAX_FUNCTION = 500, 80
 
 Module = tuple[str, ast.Module]

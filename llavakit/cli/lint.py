@@ -15,8 +15,8 @@ from llavakit.engine.llm import MINIATURE
 from llavakit.errors import CheckpointError, PromptError
 from llavakit.model.llava_config import LlavaConfig
 from llavakit.processing.chat import ChatTemplate, find_template
+from llavakit.processing.decode import image_size
 from llavakit.processing.deviations import Deviation, PromptCheck, preprocessing_deviations
-from llavakit.processing.image import image_size
 from llavakit.processing.own_template import template_of_text_checkpoint
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.segments import EncodedChat, Segment, encode_segments, segments_text

@@ -22,7 +22,8 @@ from torch import Tensor
 from llavakit.errors import CheckpointError, ImageError, PromptError
 from llavakit.geometry import ImageGrid, num_image_tokens, patch_grid
 from llavakit.processing.chat import ChatTemplate, Turns
-from llavakit.processing.image import DEFAULT_LIMITS, ImageLimits, ImageProcessor, decode_image, image_digest, image_size
+from llavakit.processing.decode import DEFAULT_LIMITS, ImageLimits, decode_image, image_digest, image_size
+from llavakit.processing.image import ImageProcessor
 from llavakit.processing.jinja import jinja_text
 from llavakit.processing.segments import EncodedChat, MarkerIds, Segment, encode_segments, find_marker
 from llavakit.processing.template_choice import TEMPLATE_KEY, is_vision_config, template_of_checkpoint, trained_template, was_trained_padded

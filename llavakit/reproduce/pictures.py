@@ -12,7 +12,7 @@ from typing import Literal
 
 from PIL import Image
 
-from llavakit.processing.image import decode_image
+from llavakit.processing.decode import decode_image
 from llavakit.world.render import render, to_jpeg
 from llavakit.world.scenes import Scene, draw_scene, inset
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llavakit.processing.image import decode_image
+from llavakit.processing.decode import decode_image
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.training.preference_config import CorruptionConfig
 from llavakit.types import ImagePart

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from llavakit.errors import ImageError
 from llavakit.geometry import ImageGrid
-from llavakit.processing.image import image_size
+from llavakit.processing.decode import image_size
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.text import TextProcessor
 from llavakit.storage.tar import TarFiles, TarMember, is_archive

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from llavakit.errors import ImageError
-from llavakit.processing.image import DEFAULT_LIMITS, decode_image
+from llavakit.processing.decode import DEFAULT_LIMITS, decode_image
 
 __all__ = ["Outcome", "decode_mutants", "mutant"]
 

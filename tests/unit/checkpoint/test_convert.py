@@ -15,7 +15,7 @@ from llavakit.checkpoint.load import load_config
 from llavakit.checkpoint.parts import Sources
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.model.llava_config import LlavaConfig
-from llavakit.processing.image import decode_image
+from llavakit.processing.decode import decode_image
 from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.world.render import render, to_png

@@ -21,7 +21,7 @@ from llavakit.checkpoint.parts import Sources
 from llavakit.cli.main import run
 from llavakit.errors import CheckpointError, ConfigError
 from llavakit.processing.chat import TEMPLATES
-from llavakit.processing.image import decode_image
+from llavakit.processing.decode import decode_image
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import Backdrop, Scene

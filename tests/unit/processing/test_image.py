@@ -14,7 +14,8 @@ import torch
 from PIL import Image, ImageCms
 
 from llavakit.errors import CheckpointError, ImageError
-from llavakit.processing.image import DEFAULT_LIMITS, ImageLimits, ImageProcessor, decode_image, image_digest, image_size
+from llavakit.processing.decode import DEFAULT_LIMITS, ImageLimits, decode_image, image_digest, image_size
+from llavakit.processing.image import ImageProcessor
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")

@@ -14,7 +14,8 @@ from PIL import Image
 
 from llavakit.errors import CheckpointError, ImageError, InputError, PromptError
 from llavakit.geometry import num_image_tokens
-from llavakit.processing.image import ImageLimits, ImageProcessor, decode_image
+from llavakit.processing.decode import ImageLimits, decode_image
+from llavakit.processing.image import ImageProcessor
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.types import Conversation, TextPart
 from tests.real_data import llama2_processor
