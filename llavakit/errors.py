@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 __all__ = [
     "AnimationError",
+    "BusyError",
     "CapacityError",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "FormError",
     "ImageError",
     "InputError",
     "LlavaError",
@@ -58,12 +60,20 @@ class PromptError(InputError):
     """The conversation cannot become a prompt for this model."""
 
 
+class FormError(PromptError):
+    """The prescribed form of an answer cannot be followed."""
+
+
 class DataError(InputError):
     """Training or evaluation data that cannot be used."""
 
 
 class CapacityError(LlavaError):
     """The machine lacks the memory, disk or context length that the request needs."""
+
+
+class BusyError(CapacityError):
+    """Too much is going on, or the engine is shutting down: the same request may be answered later."""
 
 
 class NumericError(LlavaError):

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from llavakit.errors import ImageError
+from llavakit.errors import ConfigError, ImageError
 from llavakit.logs import show_logs
 from llavakit.types import SamplingParams
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llavakit.processing.processor import LlavaProcessor
     from llavakit.processing.text import TextProcessor
 
-__all__ = ["ModelOptions", "SamplingOptions", "load_processor_alone", "printable", "read_image"]
+__all__ = ["EngineOptions", "ModelOptions", "SamplingOptions", "load_processor_alone", "printable", "read_image"]
 
 _MAX_BYTES = 64 << 20
 
@@ -49,11 +49,12 @@ class ModelOptions:
     allow_pickle: bool = False
     """Read pytorch_model.bin files too."""
 
-    def load(self) -> LLM:
+    def load(self, engine: EngineOptions | None = None) -> LLM:
         """Load the model, saying so on stderr where nobody named one."""
         from llavakit.engine.llm import LLM, MINIATURE
 
         show_logs()
+        settings = {} if engine is None else engine.settings()
         if self.model is None:
             sys.stderr.write("llava: using the embedded miniature model; --model takes a folder or a hub id\n")
         return LLM(
@@ -67,7 +68,32 @@ class ModelOptions:
             vision_tower=self.vision_tower,
             revision=self.revision,
             allow_pickle=self.allow_pickle,
+            **settings,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How many requests run together, and on how much memory."""
+
+    max_batch: int = 32
+    """Sequences that run together."""
+    kv_memory: int | None = None
+    """Bytes of the cache; a share of what is free when left out."""
+    step_tokens: int | None = None
+    """Tokens of a step; longer prompts come in chunks."""
+    lookup_tokens: int = 0
+    """Tokens that are guessed a step from the text before; no answer changes."""
+    adapters: tuple[str, ...] = ()
+    """PEFT adapters as NAME=FOLDER; requests name them as models."""
+
+    def settings(self) -> dict[str, Any]:
+        """Translate into LLM's arguments. Raises: ConfigError."""
+        named = [adapter.partition("=") for adapter in self.adapters]
+        if wrong := [name for name, sign, folder in named if not (name and sign and folder)]:
+            raise ConfigError(f"adapters are NAME=FOLDER, got {wrong[0]!r}")
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "adapters": {name: folder for name, _, folder in named}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llavakit.errors import ConfigError, PromptError
+from llavakit.errors import ConfigError, FormError, PromptError
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.types import SamplingParams
 
@@ -52,7 +52,7 @@ class Grammars:
         grammar = _grammar(params, allows_space=self._words.drops_space)
         matcher = library.LLMatcher(self._prepared, grammar, log_level=0)
         if matcher.is_error():
-            raise PromptError(f"the answer's form cannot be followed: {matcher.get_error()[:500]}")
+            raise FormError(f"the answer's form cannot be followed: {matcher.get_error()[:500]}")
         return _Matched(matcher, self.end_ids)
 
     @functools.cached_property
@@ -91,7 +91,7 @@ class _Matched:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise PromptError(f"the answer's form cannot be followed any further: {self._matcher.get_error()[:500]}")
+            raise FormError(f"the answer's form cannot be followed any further: {self._matcher.get_error()[:500]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ def _grammar(params: SamplingParams, *, allows_space: bool) -> str:
     else:
         form = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choices)
     if len(form) > _MOST_CHARACTERS:
-        raise PromptError(f"the answer's form has {len(form)} characters, at most {_MOST_CHARACTERS} are allowed")
+        raise FormError(f"the answer's form has {len(form)} characters, at most {_MOST_CHARACTERS} are allowed")
     return f'start: {"SPACE? " if allows_space else ""}form\nSPACE: " "\nform: {form}\n'
 
 

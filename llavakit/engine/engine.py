@@ -176,6 +176,11 @@ class Engine:
         self._num_adapters += 1
         self._adapters[name] = (f"{name} {self._num_adapters}", lora)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters."""
+        return tuple(self._adapters)
+
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter; requests that go through it go on to their end. Raises: ConfigError for one that is not there."""
         if self._adapters.pop(name, None) is None:
@@ -186,6 +191,11 @@ class Engine:
         task = self._tasks.get(number)
         if task is not None:
             self._end(task, task.request.failed("abort", None))
+
+    def is_queued(self, number: int) -> bool:
+        """Tell whether a request holds no memory: it waits for its first step, or to come back."""
+        task = self._tasks.get(number)
+        return task is not None and not task.job.is_running
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from PIL import Image
 
 from llavakit.engine.constraint import Grammars
 from llavakit.engine.request import Request, Terms
@@ -28,16 +29,30 @@ class RequestFactory:
         self.end_ids = processor.end_ids | frozenset(end_ids)
         self.grammars = Grammars(processor.tokenizer, self.end_ids)
 
-    def chat(self, conversation: Conversation, params: SamplingParams | None = None, *, tenant: str = "", adapter: str = "") -> Request:
-        """Make the request that answers a conversation. Raises: PromptError, ImageError."""
-        prompt = self.processor.prompt(conversation, max_len=self.context_len - 1)
+    def chat(
+        self,
+        conversation: Conversation,
+        params: SamplingParams | None = None,
+        *,
+        images: Sequence[Image.Image] | None = None,
+        tenant: str = "",
+        adapter: str = "",
+    ) -> Request:
+        """Make the request that answers a conversation; images are its pictures where they are decoded already.
+
+        Raises: PromptError, ImageError.
+        """
+        if images and isinstance(self.processor, LlavaProcessor):
+            prompt = self.processor.prompt_of_images(conversation, images, max_len=self.context_len - 1)
+        else:
+            prompt = self.processor.prompt(conversation, max_len=self.context_len - 1)
         return self._request(prompt, params, tenant=tenant, adapter=adapter)
 
     def text(
         self, prompt: str | Prompt | Sequence[int], params: SamplingParams | None = None, *, tenant: str = "", adapter: str = ""
     ) -> Request:
         """Make the request that continues a text (after bos where the model's prompts have it), ids, or a prompt. Raises: PromptError."""
-        return self._request(self._prompt(prompt), params, tenant=tenant, adapter=adapter)
+        return self._request(self.prompt(prompt), params, tenant=tenant, adapter=adapter)
 
     def scored(self, answered: Conversation, asked: Prompt, *, tenant: str = "", adapter: str = "") -> Request:
         """Make the request that scores a conversation's last answer; asked is the prompt before it. Raises: PromptError."""
@@ -47,7 +62,8 @@ class RequestFactory:
         unlearned = (index for index in range(stop, 0, -1) if not prompt.loss_mask[index - 1])
         return self._request(prompt, None, tenant=tenant, adapter=adapter, scored_from=next(unlearned, 1))
 
-    def _prompt(self, prompt: str | Prompt | Sequence[int]) -> Prompt:
+    def prompt(self, prompt: str | Prompt | Sequence[int]) -> Prompt:
+        """Make the prompt that text() continues."""
         if isinstance(prompt, Prompt):
             return prompt
         if isinstance(prompt, str):

@@ -250,6 +250,11 @@ class LLM:
         with self._lock:
             self.engine.load_adapter(name, source, revision=revision, allow_pickle=allow_pickle)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters."""
+        return self.engine.adapters
+
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter; what goes through it goes on to its end. Raises: ConfigError for one that is not there."""
         with self._lock:

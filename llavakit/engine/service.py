@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 from llavakit.engine.engine import Stats
 from llavakit.engine.llm import LLM, joined_answers
 from llavakit.engine.request import Request, TokenEvent
-from llavakit.errors import CapacityError
+from llavakit.errors import BusyError, CapacityError
 from llavakit.logs import logger
 from llavakit.types import Completion
 
@@ -98,13 +98,13 @@ class AsyncEngine:
         """Make a request on a worker thread, since that decodes pictures, and hand it to the engine.
 
         engine.submit(functools.partial(engine.requests.chat, conversation, params)), for instance.
-        Raises: what make raises; CapacityError while too many wait, and once the engine drains or has stopped.
+        Raises: what make raises; BusyError while too many wait, and once the engine drains or has stopped.
         """
         self._check_open()
         self._num_pending += 1
         try:
             if self._engine.scheduler.num_waiting + self._num_pending > self.max_waiting:
-                raise CapacityError(f"{self.max_waiting} requests wait already; try again later")
+                raise BusyError(f"{self.max_waiting} requests wait already; try again later")
             request = await asyncio.to_thread(make)
             self._check_open()
             stream = Stream(self, asyncio.get_running_loop())
@@ -142,6 +142,10 @@ class AsyncEngine:
         """Forget an adapter. Raises: ConfigError for one that is not there."""
         await self._call(lambda: self.llm.drop_adapter(name))
 
+    def is_queued(self, stream: Stream) -> bool:
+        """Tell whether a request waits for its first step, as of about now."""
+        return self._engine.is_queued(stream.number)
+
     def stats(self) -> Stats:
         """Count, as of about now."""
         return self._engine.stats()
@@ -169,14 +173,14 @@ class AsyncEngine:
 
     def _check_open(self) -> None:
         if self._error is not None:
-            raise CapacityError(f"the engine has stopped: {self._error}") from self._error
+            raise BusyError(f"the engine has stopped: {self._error}") from self._error
         if self._is_draining:
-            raise CapacityError("the engine is shutting down and accepts nothing more")
+            raise BusyError("the engine is shutting down and accepts nothing more")
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._guard:
             if self._is_over:
-                raise CapacityError("the engine is closed")
+                raise BusyError("the engine is closed")
             self._commands.append(command)
         self._wake.set()
 
@@ -224,7 +228,7 @@ class AsyncEngine:
         with self._guard:
             self._is_over = True
         self._run_commands()
-        self._fail_all(self._error or CapacityError("the engine was closed"))
+        self._fail_all(self._error or BusyError("the engine was closed"))
 
     def _run_commands(self) -> None:
         while self._commands:

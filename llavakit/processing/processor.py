@@ -129,11 +129,11 @@ class LlavaProcessor:
         sizes = [image_size(part.data, self.limits, faithful=self.is_faithful) for part in parts]
         self._check_pixels(sizes)
         if self.image_processor.aspect == "anyres":
-            encoded = self._encode(ask, self._grids(sizes))
+            encoded = self._encode(ask, self.grids(sizes))
         images = [decode_image(part.data, self.limits, faithful=self.is_faithful) for part in parts]
         # A header may not tell of a rotation that stands behind the pixels.
         if self.image_processor.aspect == "anyres" and (actual := [image.size for image in images]) != sizes:
-            encoded = self._encode(ask, self._grids(actual))
+            encoded = self._encode(ask, self.grids(actual))
         return self._assemble(encoded, images)
 
     def answered(self, conversation: Conversation, asked: Prompt) -> Prompt:
@@ -162,7 +162,11 @@ class LlavaProcessor:
         if len(images) != len(conversation.images):
             raise PromptError(f"the conversation has places for {len(conversation.images)} pictures, got {len(images)}")
         ask = _Ask(conversation, add_generation_prompt, supervise, max_len)
-        return self._assemble(self._encode(ask, self._grids([image.size for image in images])), images)
+        return self._assemble(self._encode(ask, self.grids([image.size for image in images])), images)
+
+    def grids(self, sizes: Sequence[tuple[int, int]]) -> list[ImageGrid]:
+        """Return the image tokens of pictures of these widths and heights."""
+        return [self.image_processor.grid(size, self.tile_grid) for size in sizes]
 
     def encode_chat(
         self, conversation: Conversation, grids: Sequence[ImageGrid], *, add_generation_prompt: bool = True
@@ -196,7 +200,7 @@ class LlavaProcessor:
         sizes = [image_size(item, self.limits, faithful=self.is_faithful) if isinstance(item, bytes) else item.size for item in listed]
         self._check_pixels(sizes)
         pictures = [decode_image(item, self.limits, faithful=self.is_faithful) if isinstance(item, bytes) else item for item in listed]
-        counts = iter([num_image_tokens(grid) for grid in self._grids([picture.size for picture in pictures])])
+        counts = iter([num_image_tokens(grid) for grid in self.grids([picture.size for picture in pictures])])
         expanded = ["".join(mark * next(counts) if part == mark else part for part in _split_marks(item, mark)) for item in texts]
         return {**self.tokenizer(expanded, padding=padding, return_tensors="pt"), **self._pixel_values(pictures)}
 
@@ -212,9 +216,6 @@ class LlavaProcessor:
     def _check_pixels(self, sizes: Sequence[tuple[int, int]]) -> None:
         if (num_pixels := sum(width * height for width, height in sizes)) > (most := self.limits.max_total_pixels):
             raise ImageError(f"the pictures have {num_pixels} pixels together, at most {most} are allowed; scale them down")
-
-    def _grids(self, sizes: Sequence[tuple[int, int]]) -> list[ImageGrid]:
-        return [self.image_processor.grid(size, self.tile_grid) for size in sizes]
 
     def _encode(self, ask: _Ask, grids: Sequence[ImageGrid]) -> _Encoded:
         slots = tuple(map(num_image_tokens, grids))

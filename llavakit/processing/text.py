@@ -51,6 +51,12 @@ class TextProcessor:
         del data
         raise PromptError("this model is a language model without a vision tower; ask without a picture")
 
+    def grids(self, sizes: Sequence[tuple[int, int]]) -> list[ImageGrid]:
+        """Refuse pictures. Raises: PromptError."""
+        for _ in sizes:
+            self.check_image(b"")
+        return []
+
     def prompt(self, conversation: Conversation, *, add_generation_prompt: bool = True, max_len: int | None = None) -> Prompt:
         """Build the prompt of a conversation. Raises: PromptError for pictures, and when it exceeds max_len tokens."""
         encoded = self.encode_chat(conversation, (), add_generation_prompt=add_generation_prompt)[1]

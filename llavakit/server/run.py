@@ -1,0 +1,126 @@
+"""A server from its start to its end.
+
+Owns: bind, serve and its parts host and Leaving: the socket, uvicorn, signals. Invariants: what cannot work is refused before anything
+listens; SIGTERM and Ctrl-C let those inside finish, a second one does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from llavakit.engine.llm import LLM
+from llavakit.errors import CapacityError, ConfigError
+from llavakit.logs import logger
+from llavakit.server.app import App
+from llavakit.server.config import ServerConfig
+from llavakit.server.http import build_protocol
+from llavakit.server.keys import Keys
+from llavakit.server.service import Service
+
+__all__ = ["Leaving", "bind", "host", "serve"]
+
+_LOG = logger("server")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_BACKLOG = 2048
+
+
+def bind(config: ServerConfig, keys: Keys) -> socket.socket:
+    """Take the address. Raises: ConfigError where it would be open to others without a key, CapacityError where it is taken."""
+    if config.host not in _LOOPBACK and not len(keys) and not config.insecure:
+        raise ConfigError(f"{config.host} is open to other machines; give an --api-key-file, or --insecure to serve anybody")
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise CapacityError(f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another --port") from error
+    return listener
+
+
+def serve(
+    llm: LLM,
+    name: str,
+    config: ServerConfig,
+    keys: Keys,
+    listener: socket.socket,
+    *,
+    is_sagemaker: bool = False,
+    tell: Callable[[str], object] = _LOG.info,
+) -> None:
+    """Serve until the process is told to stop; tell hears the address once requests are taken."""
+    asyncio.run(_serve(llm, name, config, keys, listener, is_sagemaker=is_sagemaker, tell=tell))
+
+
+async def _serve(
+    llm: LLM, name: str, config: ServerConfig, keys: Keys, listener: socket.socket, *, is_sagemaker: bool, tell: Callable[[str], object]
+) -> None:
+    app = App(Service(llm, name, config), config, keys, is_sagemaker=is_sagemaker)
+    leaving = Leaving()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, leaving.ask)
+    await host(app, config, listener, leaving, tell=tell)
+
+
+class Leaving:
+    """Whether a server is to stop: asked once it lets those inside finish, asked again it does not."""
+
+    def __init__(self) -> None:
+        self.asked, self.insisted = asyncio.Event(), asyncio.Event()
+
+    def ask(self) -> None:
+        """Ask the server to stop."""
+        (self.insisted if self.asked.is_set() else self.asked).set()
+
+
+async def host(app: App, config: ServerConfig, listener: socket.socket, leaving: Leaving, *, tell: Callable[[str], object]) -> None:
+    """Run an application on a socket until it is to leave."""
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http=build_protocol(config.header_s, config.write_s),
+            ws="none",
+            loop="asyncio",
+            lifespan="on",
+            log_config=None,
+            log_level="critical",  # what it tells is told by the application, without text of requests
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=max(1, round(config.keep_alive_s)),
+            timeout_graceful_shutdown=1,
+            h11_max_incomplete_event_size=config.max_header_bytes,
+        )
+    )
+    listener.listen(_BACKLOG)
+    serving = asyncio.ensure_future(server.serve([listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    address, port = listener.getsockname()[:2]
+    tell(f"http://{f'[{address}]' if ':' in address else address}:{port}")
+    asked = asyncio.ensure_future(leaving.asked.wait())
+    await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
+    draining, insisted = asyncio.ensure_future(app.drain()), asyncio.ensure_future(leaving.insisted.wait())
+    await asyncio.wait((draining, insisted), return_when=asyncio.FIRST_COMPLETED)
+    for task in (asked, draining, insisted):
+        task.cancel()
+    server.should_exit = True
+    await serving
+
+
+class _Server(uvicorn.Server):
+    """A server whose signals are ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield

@@ -1,0 +1,173 @@
+"""A server in the test's own process, and clients that say exactly what they are told to.
+
+Owns: running, Running (its address, its application, is_quiet) and its clients: ask (http.client), raw (a socket), chat_body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import functools
+import http.client
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from llavakit.engine.llm import LLM
+from llavakit.server.app import App
+from llavakit.server.config import ServerConfig
+from llavakit.server.fetch import Fetcher
+from llavakit.server.keys import Keys
+from llavakit.server.run import Leaving, bind, host
+from llavakit.server.service import Service
+from llavakit.world.render import render, to_png
+from llavakit.world.scenes import draw_scene
+
+__all__ = ["MODEL", "Reply", "Running", "chat_body", "data_url", "miniature", "picture", "running"]
+
+MODEL = "mini"
+_WAIT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One response."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        return str(self.json()["error"]["code"])
+
+    def events(self) -> list[Any]:
+        """The data of its server-sent events; [DONE] is None."""
+        data = [line.removeprefix("data: ") for line in self.body.decode().split("\n") if line.startswith("data: ")]
+        return [None if text == "[DONE]" else json.loads(text) for text in data]
+
+
+class Running:
+    """A server that runs."""
+
+    def __init__(self, app: App, port: int, loop: asyncio.AbstractEventLoop, leaving: Leaving) -> None:
+        self.app, self.port, self.loop, self.leaving = app, port, loop, leaving
+
+    def ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Reply:
+        """Send one request; a body that is no bytes is sent as JSON."""
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        kind = {} if body is None else {"Content-Type": "application/json"}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, data, {**kind, **(headers or {})})
+            response = connection.getresponse()
+            return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+        finally:
+            connection.close()
+
+    def chat(self, body: Any = None, headers: Mapping[str, str] | None = None, **fields: Any) -> Reply:
+        """Ask for an answer."""
+        return self.ask("POST", "/v1/chat/completions", body if body is not None else chat_body(**fields), headers)
+
+    def connect(self, *, receive_bytes: int | None = None) -> socket.socket:
+        """Open a socket."""
+        plain = socket.socket()
+        if receive_bytes is not None:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        plain.settimeout(30)
+        plain.connect(("127.0.0.1", self.port))
+        return plain
+
+    def raw(self, data: bytes) -> bytes:
+        """Send bytes and return all that comes back until the server closes."""
+        with self.connect() as plain:
+            plain.sendall(data)
+            parts = []
+            try:
+                while part := plain.recv(1 << 16):
+                    parts.append(part)
+            except ConnectionResetError:
+                pass
+        return b"".join(parts)
+
+    def call(self, make: Callable[[], Any]) -> Any:
+        """Run a coroutine on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(make(), self.loop).result(30)
+
+    def is_quiet(self) -> bool:
+        """Wait until nothing of any request is left: no request, no block, no slot."""
+        deadline = time.monotonic() + _WAIT_S
+        while time.monotonic() < deadline:
+            stats = self.app.service.engine.stats()
+            if not (stats.num_running or stats.num_waiting or stats.num_used_blocks or self.app.gate.num_inside):
+                return True
+            time.sleep(0.01)
+        return False
+
+
+@functools.cache
+def miniature() -> LLM:
+    """The embedded model, small enough to fill up quickly."""
+    return LLM(max_batch=8, kv_memory=64 << 20, device="cpu", dtype="float32")
+
+
+@contextmanager
+def running(
+    config: ServerConfig | None = None,
+    *,
+    keys: tuple[str, ...] = (),
+    llm: LLM | None = None,
+    fetcher: Callable[[ServerConfig], Fetcher] | None = None,
+    is_sagemaker: bool = False,
+) -> Iterator[Running]:
+    """Run a server on a free port of this machine until the block is left."""
+    config = ServerConfig(port=0) if config is None else config
+    listener = bind(config, Keys(keys))
+    port = listener.getsockname()[1]
+    ready, found = threading.Event(), list[Running]()
+
+    async def whole() -> None:
+        model = LLM.of(miniature().core, miniature().processor, max_batch=8, kv_memory=64 << 20) if llm is None else llm
+        service = Service(model, MODEL, config, fetcher=None if fetcher is None else fetcher(config))
+        app = App(service, config, Keys(keys), is_sagemaker=is_sagemaker)
+        leaving = Leaving()
+        found.append(Running(app, port, asyncio.get_running_loop(), leaving))
+        await host(app, config, listener, leaving, tell=lambda _: ready.set())
+
+    thread = threading.Thread(target=asyncio.run, args=(whole(),), daemon=True)
+    thread.start()
+    try:
+        assert ready.wait(60), "the server did not start"
+        yield found[0]
+    finally:
+        for _ in range(2):
+            if thread.is_alive():
+                found[0].loop.call_soon_threadsafe(found[0].leaving.ask)
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+def picture(seed: int = 0, width: int = 64, height: int = 64) -> bytes:
+    """A small PNG."""
+    return to_png(render(draw_scene(random.Random(seed)), width, height))
+
+
+def data_url(data: bytes, kind: str = "image/png") -> str:
+    """A picture as requests carry it."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def chat_body(question: str = "How many things are there?", *urls: str, **fields: Any) -> dict[str, Any]:
+    """A request for an answer."""
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content: Any = [*parts, {"type": "text", "text": question}] if urls else question
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8, **fields}
