@@ -127,6 +127,7 @@ def running(
     keys: tuple[str, ...] = (),
     llm: LLM | None = None,
     fetcher: Callable[[ServerConfig], Fetcher] | None = None,
+    name: str = MODEL,
     is_sagemaker: bool = False,
 ) -> Iterator[Running]:
     """Run a server on a free port of this machine until the block is left."""
@@ -137,7 +138,7 @@ def running(
 
     async def whole() -> None:
         model = LLM.of(miniature().core, miniature().processor, max_batch=8, kv_memory=64 << 20) if llm is None else llm
-        service = Service(model, MODEL, config, fetcher=None if fetcher is None else fetcher(config))
+        service = Service(model, name, config, fetcher=None if fetcher is None else fetcher(config))
         app = App(service, config, Keys(keys), is_sagemaker=is_sagemaker)
         leaving = Leaving()
         found.append(Running(app, port, asyncio.get_running_loop(), leaving))

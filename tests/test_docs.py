@@ -23,6 +23,7 @@ import pytest
 import llavakit
 from benchmarks.miniature import markdown_table
 from llavakit.cli.main import build_app, run
+from tests.serving import running
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
@@ -38,6 +39,8 @@ class Block:
     line: int
     language: str
     is_run: bool
+    is_served: bool
+    """Whether it asks a server, which the test starts."""
     text: str
 
     def __str__(self) -> str:
@@ -46,12 +49,22 @@ class Block:
 
 def blocks(page: str, text: str) -> list[Block]:
     matches = re.finditer(r"^```(\S*)([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [Block(page, text[: match.start()].count("\n") + 1, match[1], "no-run" not in match[2], match[3]) for match in matches]
+    return [
+        Block(page, text[: match.start()].count("\n") + 1, match[1], "no-run" not in match[2], "served" in match[2], match[3])
+        for match in matches
+    ]
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page, (ROOT / page).read_text("utf-8"))]
-COMMANDS = [(block, line) for block in BLOCKS if block.language == "bash" for line in block.text.splitlines() if line.strip()]
-SNIPPETS = [block for block in BLOCKS if block.language == "python"]
+COMMANDS = [
+    (block, line)
+    for block in BLOCKS
+    if block.language == "bash" and not block.is_served
+    for line in block.text.splitlines()
+    if line.strip()
+]
+SNIPPETS = [block for block in BLOCKS if block.language == "python" and not block.is_served]
+SERVED = [block for block in BLOCKS if block.is_served]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,6 +132,22 @@ def test_snippets_work(block: Block, capsys: pytest.CaptureFixture[str]) -> None
     if block.is_run:
         exec(compile(tree, str(block), "exec"), {"__name__": "snippet"})
         assert capsys.readouterr().out.strip()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with running(name="llava-miniature") as server:
+        yield f"http://127.0.0.1:{server.port}"
+
+
+@pytest.mark.parametrize("block", SERVED, ids=str)
+def test_what_asks_a_server_works(block: Block, address: str) -> None:
+    text = block.text.replace("http://127.0.0.1:8000", address)
+    command = [sys.executable, "-c", text] if block.language == "python" else ["bash", "-ec", text]
+    if block.language == "bash" and shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert "6" in done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -5,6 +5,7 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
@@ -96,6 +97,7 @@ def test_streaming_equals_decoding_at_once(ids: list[int]) -> None:
         assert "".join(streamed(each, ids)) == each.decode_text(ids)
 
 
+@pytest.mark.catalogue("D10")
 @FEW
 @given(TEXT.filter(lambda text: "\ufffd" not in text))
 def test_streaming_never_shows_half_a_character(text: str) -> None:
@@ -123,6 +125,7 @@ def test_stop_strings_cut_where_they_first_end(pieces: list[str], stops: list[st
     assert matcher.is_stopped or shown == whole
 
 
+@pytest.mark.catalogue("D1", "D2", "D3")
 @FEW
 @given(st.lists(st.lists(MARKUP, min_size=1, max_size=5).map("".join), min_size=1, max_size=5))
 def test_typed_markup_never_becomes_structure(texts: list[str]) -> None:

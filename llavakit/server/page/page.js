@@ -87,14 +87,17 @@ function refresh() {
     entry.setAttribute("aria-current", conversation === shown);
   }
   const isBusy = isRunning(shown);
-  for (const { view } of shown.turns) view.retry.hidden = isBusy || view !== shown.turns.at(-1).view;
+  const last = shown.turns.at(-1)?.view;
+  const focused = document.activeElement;
   at("empty").hidden = shown.turns.length > 0;
   at("clear").disabled = shown.turns.length === 0;
-  // A button that is about to be hidden hands on its focus.
-  if (!isBusy && document.activeElement === at("stop")) (shown.turns.at(-1)?.view.retry ?? box).focus();
-  if (isBusy && document.activeElement === at("send")) box.focus();
   at("send").hidden = isBusy;
   at("stop").hidden = !isBusy;
+  for (const { view } of shown.turns) view.retry.hidden = isBusy || view !== last;
+  // A button that is hidden now hands on its focus.
+  if (focused === at("send") && isBusy) box.focus();
+  if (focused === last?.retry && isBusy) at("stop").focus();
+  if (focused === at("stop") && !isBusy) (last?.retry ?? box).focus();
 }
 
 function clear() {
@@ -213,7 +216,7 @@ function draw({ reply, view }) {
     view.answer.textContent = reply.text;
     view.answer.setAttribute("aria-busy", reply.state === "running");
     view.problem.textContent = reply.problem;
-    view.facts.textContent = reply.state === "running" ? "" : factsOf(reply).map((fact) => fact.replaceAll(" ", "\u00a0")).join(" · ");
+    view.facts.textContent = reply.state === "running" ? "" : factsOf(reply).join(" · ");
   });
 }
 

@@ -97,6 +97,7 @@ def test_greedy_decoding_equals_recomputation(index: int) -> None:
     assert list(alone(index)) == recompute(tiny_llm().processor.prompt(CONVERSATIONS[index]), 24)[0]
 
 
+@pytest.mark.catalogue("G9")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_of_a_batch_get_the_ids_they_get_alone(dtype: str) -> None:
     together = tiny_llm(dtype).chat(CONVERSATIONS * 3, LONG)
@@ -111,6 +112,7 @@ def test_no_setting_changes_an_answer(changes: dict[str, int]) -> None:
     assert [completion.ids for completion in found] == [alone(index) for index in range(4)] * 2
 
 
+@pytest.mark.catalogue("E10", "E12")
 def test_preemption_changes_no_answer() -> None:
     params = replace(LONG, max_tokens=90)
     engine = Engine(tiny_llm().core, settings(num_blocks=12))
@@ -119,6 +121,7 @@ def test_preemption_changes_no_answer() -> None:
     assert [completion.ids for completion in found] == [tiny_llm().chat(conversation, params).ids for conversation in CONVERSATIONS * 2]
 
 
+@pytest.mark.catalogue("E5", "G6", "G8")
 def test_what_comes_and_goes_changes_no_answer() -> None:
     engine = Engine(tiny_llm().core, settings())
     first = engine.add(request(CONVERSATIONS[2]))
@@ -135,6 +138,7 @@ def test_what_comes_and_goes_changes_no_answer() -> None:
     engine.abort(first)  # it is over: nothing happens
 
 
+@pytest.mark.catalogue("A29", "G7")
 def test_a_second_question_about_a_picture_finds_its_features_and_its_cache() -> None:
     engine = Engine(tiny_llm().core, settings())
     answers(engine, [request(Conversation.ask("what is there? " * 3, picture(1)))])
@@ -155,6 +159,7 @@ def test_equal_prompts_that_come_together_are_computed_once() -> None:
     assert engine.stats().num_found_tokens >= 3 * 32
 
 
+@pytest.mark.catalogue("G2", "G3", "G5", "A29")
 @pytest.mark.parametrize("difference", ["picture", "tenant"])
 def test_nothing_is_shared_where_something_differs(difference: str) -> None:
     engine = Engine(tiny_llm().core, settings())
@@ -217,6 +222,7 @@ def test_a_search_is_the_same_beside_others_and_when_memory_is_short() -> None:
     assert [completion.ids for completion in found[:4]] == [alone(index) for index in range(4)]
 
 
+@pytest.mark.catalogue("E16", "E17", "D13", "E18")
 def test_a_request_that_fails_leaves_the_others_alone() -> None:
     def broken(ids: Tensor, scores: Tensor) -> Tensor:
         raise ValueError("a caller's own mistake")
@@ -235,6 +241,7 @@ def test_a_request_that_fails_leaves_the_others_alone() -> None:
     assert engine.stats().num_used_blocks == 0
 
 
+@pytest.mark.catalogue("E11")
 def test_what_can_never_run_is_refused_at_once() -> None:
     engine = Engine(tiny_llm().core, settings(num_blocks=2))
     with pytest.raises(CapacityError, match=r"may fill \d+ blocks of 32 tokens and the cache has 2; lower max_tokens or n"):

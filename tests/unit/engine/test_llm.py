@@ -110,6 +110,7 @@ def test_several_answers_are_drawn_with_seeds_in_a_row(folder: Path) -> None:
     assert sorted(completion.ids for completion in streamed) == sorted(alone)
 
 
+@pytest.mark.catalogue("D5")
 def test_rows_beyond_the_tokenizer_are_never_chosen(folder: Path) -> None:
     model, processor = llava(), LlavaProcessor.from_pretrained(folder)
     num_ids = len(processor.tokenizer)

@@ -166,6 +166,7 @@ def limits(seed: int) -> Limits:
     )
 
 
+@pytest.mark.catalogue("E12", "E13")
 @pytest.mark.parametrize("seed", range(8))
 def test_random_load(seed: int) -> None:
     load = Load(seed, limits(seed))
@@ -192,6 +193,7 @@ def test_100_000_steps() -> None:
     assert totals["num_found_tokens"] > 1000
 
 
+@pytest.mark.catalogue("E10")
 def test_the_oldest_request_always_moves_on() -> None:
     scheduler = Scheduler(Limits(num_blocks=6, block_tokens=SIZE, max_rows=8, step_tokens=64, has_prefix_cache=False))
     jobs = [Job(number, [Row([number] * 7)]) for number in range(4)]
@@ -235,6 +237,7 @@ def test_rows_that_share_a_prompt_share_it_again_when_they_come_back(is_cached: 
     assert scheduler.num_preempted == 1
 
 
+@pytest.mark.catalogue("E23")
 def test_tenants_take_turns() -> None:
     scheduler = Scheduler(Limits(num_blocks=64, block_tokens=SIZE, max_rows=1, step_tokens=64))
     order = [("busy", number) for number in range(6)] + [("quiet", 6)]
@@ -267,6 +270,7 @@ def test_a_long_prompt_comes_in_chunks_between_which_others_go_on() -> None:
     assert lengths == [[1, 9], [1, 9], [1, 9], [1, 3]]
 
 
+@pytest.mark.catalogue("G3")
 def test_keys_differ_wherever_what_stands_there_does() -> None:
     ids, spans = [0] * SIZE, (Span(1, 3, "a"),)
     key = block_key(root_key("", ""), ids, 0, spans)

@@ -65,6 +65,7 @@ def assert_refused(data: bytes, complaint: str = ".") -> None:
 # What is refused
 
 
+@pytest.mark.catalogue("A1")
 @pytest.mark.parametrize(
     "data", [b"", b"x", b"\0" * 100, b"\xff\xd8\xff", b"BM", b"GIF89a", b"RIFF1234WEBP", b"RIFF1234WAVEfmt ", b"\x89PNG\r\n\x1a\n"]
 )
@@ -72,6 +73,7 @@ def test_rubbish_is_refused_a1(data: bytes) -> None:
     assert_refused(data)
 
 
+@pytest.mark.catalogue("A2")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_picture_cut_anywhere_is_refused_or_whole_a2(kind: str) -> None:
     data = encoded(gradient(24, 18), kind)
@@ -83,6 +85,7 @@ def test_a_picture_cut_anywhere_is_refused_or_whole_a2(kind: str) -> None:
             continue
 
 
+@pytest.mark.catalogue("A3", "A4", "A5", "A6")
 @pytest.mark.parametrize("build", [png, webp_canvas, gif_screen, bmp_header])
 @pytest.mark.parametrize(
     ("width", "height", "complaint"),
@@ -103,38 +106,45 @@ def test_sizes_are_refused_from_the_header_a3_to_a6(build: Callable[[int, int], 
         assert_refused(data, complaint)
 
 
+@pytest.mark.catalogue("A8")
 @pytest.mark.parametrize("build", [png, gif_screen, bmp_header])
 @pytest.mark.parametrize(("width", "height"), [(0, 5), (5, 0), (0, 0)])
 def test_pictures_without_pixels_are_refused_a8(build: Callable[[int, int], bytes], width: int, height: int) -> None:
     assert_refused(build(width, height))
 
 
+@pytest.mark.catalogue("A6")
 def test_thin_pictures_within_the_limits_are_pictures_a6() -> None:
     tile = ImageProcessor(size_px=28, crop_px=28, aspect="pad").apply(decode_image(encoded(Image.new("RGB", (32, 2048), RED))))
     assert tile.shape == (1, 3, 28, 28)
 
 
+@pytest.mark.catalogue("A9")
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_animations_are_refused_a9(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, WHITE)]
     assert_refused(encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100), "animated")
 
 
+@pytest.mark.catalogue("A9")
 def test_the_first_picture_of_a_multi_picture_jpeg_counts_a9() -> None:
     first = Image.new("RGB", (16, 16), RED)
     data = encoded(first, "MPO", save_all=True, append_images=[Image.new("RGB", (16, 16), WHITE)])
     assert decode_image(data).getpixel((3, 3)) == pytest.approx(RED, abs=3)
 
 
+@pytest.mark.catalogue("A17")
 @pytest.mark.parametrize("kind", ["TIFF", "ICO", "PPM", "TGA", "EPS", "PDF", "PCX", "AVIF", "JPEG2000"])
 def test_other_formats_are_refused_a17(kind: str) -> None:
     assert_refused(encoded(Image.new("RGB", (16, 16), RED), kind), "not a JPEG")
 
 
+@pytest.mark.catalogue("A17")
 def test_markup_is_refused_a17() -> None:
     assert_refused(b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a JPEG")
 
 
+@pytest.mark.catalogue("A20")
 def test_progressive_jpegs_with_endless_scans_are_refused_a20() -> None:
     data = encoded(gradient(64, 64), "JPEG", progressive=True)
     start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
@@ -142,6 +152,7 @@ def test_progressive_jpegs_with_endless_scans_are_refused_a20() -> None:
     assert decode_image(data).size == (64, 64)
 
 
+@pytest.mark.catalogue("A21")
 def test_damaged_png_data_is_refused_a21() -> None:
     data = bytearray(encoded(gradient(40, 40)))
     data[len(data) // 2] ^= 0xFF
@@ -172,6 +183,7 @@ def test_every_format_is_decoded(kind: str) -> None:
     assert image.getpixel((5, 5)) == pytest.approx(RED, abs=3)
 
 
+@pytest.mark.catalogue("A20", "A21")
 def test_interlaced_png_and_progressive_jpeg_are_decoded_a20_a21() -> None:
     image = gradient(33, 21)
     rows = np.asarray(image)
@@ -183,6 +195,7 @@ def test_interlaced_png_and_progressive_jpeg_are_decoded_a20_a21() -> None:
     assert decode_image(encoded(image, "JPEG", progressive=True)).tobytes() == decode_image(encoded(image, "JPEG")).tobytes()
 
 
+@pytest.mark.catalogue("A10")
 @pytest.mark.parametrize(
     ("cmyk", "rgb"), [((0, 255, 255, 0), RED), ((0, 0, 0, 0), WHITE), ((0, 0, 0, 255), (0, 0, 0)), ((255, 0, 255, 0), (0, 255, 0))]
 )
@@ -190,11 +203,13 @@ def test_cmyk_colours_are_right_a10(cmyk: tuple[int, ...], rgb: tuple[int, ...])
     assert decode_image(encoded(Image.new("CMYK", (16, 16), cmyk), "JPEG", quality=100)).getpixel((4, 4)) == pytest.approx(rgb, abs=2)
 
 
+@pytest.mark.catalogue("A11")
 def test_sixteen_bits_are_scaled_a11() -> None:
     grey = Image.fromarray(np.array([[0, 40000, 65535, 256]], dtype=np.uint16))
     assert [pixel[0] for pixel in np.asarray(decode_image(encoded(grey)))[0].tolist()] == [0, 156, 255, 1]
 
 
+@pytest.mark.catalogue("A13")
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "I;16"])
 def test_transparency_lies_on_white_a13(mode: str) -> None:
     if mode in ("RGBA", "LA"):
@@ -208,6 +223,7 @@ def test_transparency_lies_on_white_a13(mode: str) -> None:
         assert decode_image(data, faithful=True).getpixel((1, 1)) == (0, 0, 0)
 
 
+@pytest.mark.catalogue("A14")
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_exif_rotation_is_applied_a14(orientation: int, kind: str) -> None:
@@ -226,6 +242,7 @@ def test_exif_rotation_is_applied_a14(orientation: int, kind: str) -> None:
     assert decode_image(data, faithful=True).size == stored.size == image_size(data, faithful=True)
 
 
+@pytest.mark.catalogue("A14", "A16")
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow's own remark
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0", b"Exif\0\0junk" * 9, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\2\0\xff\xff\xff\xff"]
@@ -236,6 +253,7 @@ def test_damaged_exif_and_icc_are_ignored_a14_a16(exif: bytes) -> None:
     assert seen.tobytes() == decode_image(encoded(image, "JPEG")).tobytes()
 
 
+@pytest.mark.catalogue("A15")
 def test_text_bombs_are_bounded_a15() -> None:
     data = png(4, 4, b"\0" * 20, depth=8)
     text = b"Comment\0\0" + zlib.compress(bytes(8 << 20), 9)
@@ -244,12 +262,14 @@ def test_text_bombs_are_bounded_a15() -> None:
         decode_image(data[:33] + chunk * 40 + data[33:])
 
 
+@pytest.mark.catalogue("A16")
 def test_colour_profiles_are_not_applied_a16() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     image = gradient(16, 16)
     assert decode_image(encoded(image, icc_profile=profile)).tobytes() == image.tobytes()
 
 
+@pytest.mark.catalogue("A19")
 def test_what_follows_a_picture_does_not_matter_a19() -> None:
     tail = io.BytesIO()
     with zipfile.ZipFile(tail, "w") as archive:
@@ -258,6 +278,7 @@ def test_what_follows_a_picture_does_not_matter_a19() -> None:
     assert decode_image(data + tail.getvalue()).tobytes() == decode_image(data).tobytes()
 
 
+@pytest.mark.catalogue("G1")
 def test_digests_tell_shapes_and_palettes_apart() -> None:
     zeros = [Image.new("RGB", size) for size in ((30, 100), (100, 30))]
     assert len({image_digest(image) for image in zeros}) == 2
@@ -267,6 +288,7 @@ def test_digests_tell_shapes_and_palettes_apart() -> None:
 # Where pixels go
 
 
+@pytest.mark.catalogue("A7")
 @pytest.mark.parametrize("aspect", ["crop", "pad"])
 def test_any_small_size_becomes_a_tile_a7(aspect: Any) -> None:
     processor = ImageProcessor(size_px=14, crop_px=14, aspect=aspect)

@@ -168,6 +168,7 @@ def test_given_answers_are_scored(server: Running) -> None:
         assert server.ask("POST", "/v1/score", {**body, "candidates": wrong}).status == 400
 
 
+@pytest.mark.catalogue("F15")
 def test_files_may_come_along(server: Running) -> None:
     request = json.dumps(chat_body(QUESTION, "upload:scene", max_tokens=12)).encode()
     parts = {b"request": request, b'scene"; filename="../../etc/passwd': picture()}

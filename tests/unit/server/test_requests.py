@@ -114,7 +114,7 @@ def test_values_out_of_range_are_named(server: Running, name: str, values: list[
         assert name in (reply.json()["error"]["param"] or "") or name in reply.json()["error"]["message"], (value, reply.json())
 
 
-@pytest.mark.catalogue("C4", "C12", "C17", "C18", "C28", "G4")
+@pytest.mark.catalogue("C4", "C12", "C17", "C18", "A28", "G4")
 @pytest.mark.parametrize(
     "name",
     ["tools", "tool_choice", "functions", "chat_template", "chat_template_kwargs", "min_tokens", "regex", "guided_json", "grammar",

@@ -152,6 +152,7 @@ def test_one_picture_comes_first_and_several_keep_their_places() -> None:
     assert asked("<image><image>", "a", "b") == [("user", (None, None))]
 
 
+@pytest.mark.catalogue("D4")
 def test_of_typed_content_only_the_pictures_are_pictures(tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "A"}
     text = {"type": "text", "text": "What does <image> mean?", "index": None}
