@@ -232,15 +232,15 @@ class App:
     async def _chat_of(self, exchange: Exchange, caller: Caller, values: Any, uploads: Mapping[str, bytes]) -> None:
         asked = read_request(ChatRequest, values)
         form = Chat(exchange.request_id, asked.model, self.service.llm.processor.tokenizer, has_usage=_wants_usage(asked))
-        await exchange.unless_gone(self._run(exchange, self.service.chat(asked, caller, uploads), asked, form))
+        await exchange.unless_gone(self._run(exchange, functools.partial(self.service.chat, asked, caller, uploads), asked, form))
 
     async def _complete_of(self, exchange: Exchange, caller: Caller, values: Any) -> None:
         asked = read_request(CompletionRequest, values)
         form = Text(exchange.request_id, asked.model, self.service.llm.processor.tokenizer, has_usage=_wants_usage(asked))
-        await exchange.unless_gone(self._run(exchange, self.service.complete(asked, caller), asked, form))
+        await exchange.unless_gone(self._run(exchange, functools.partial(self.service.complete, asked, caller), asked, form))
 
     async def _run(
-        self, exchange: Exchange, submitting: Awaitable[list[Stream]], asked: ChatRequest | CompletionRequest, form: Form
+        self, exchange: Exchange, submit: Callable[[], Awaitable[list[Stream]]], asked: ChatRequest | CompletionRequest, form: Form
     ) -> None:
         """Answer a request for text, whole or in pieces."""
         if asked.stream_options is not None and not asked.stream:
@@ -248,7 +248,7 @@ class App:
         began = time.monotonic()
         async with contextlib.AsyncExitStack() as open_streams:
             async with asyncio.timeout(self.config.request_s):
-                streams = await submitting
+                streams = await submit()
             for stream in streams:
                 await open_streams.enter_async_context(stream)
             num_choices = asked.n or 1

@@ -375,6 +375,7 @@ def test_what_the_server_refuses_is_told_and_can_be_tried_again(open_tab: Opener
         (200, {}, stream("half", end=f"data: {refused('the model failed')}\n\n"), "The answer was cut off: the model failed."),
         (200, {}, stream("half", end="data: <html>\n\n"), "The answer was cut off: the server sent something else."),
     ],
+    ids=["busy", "too many", "broken", "cut off", "error event", "no event"],
 )
 def test_other_failures_are_told_and_the_page_goes_on(
     open_tab: Opener, status: int, headers: dict[str, str], body: str, complaint: str
@@ -463,11 +464,17 @@ def test_the_keyboard_is_enough(open_tab: Opener) -> None:
     tab = open_tab(is_slow=True)
     keys = tab.page.keyboard
     expect(tab.box).to_be_focused()
-    keys.type("one")
+    keys.press("Shift+Tab")
+    with tab.page.expect_file_chooser() as choosing:
+        keys.press("Enter")
+    choosing.value.set_files(SCENE)
+    expect(tab.tray).to_have_count(1)
+    keys.press("Tab")
+    keys.type("Describe")
     keys.press("Shift+Enter")
-    keys.type("two")
+    keys.type("the scene.")
     keys.press("Enter")
-    expect(tab.last.locator(".question")).to_have_text("one\ntwo")
+    expect(tab.last.locator(".question")).to_have_text("Describe\nthe scene.")
     expect(tab.last.locator(".answer")).not_to_be_empty()
     keys.press("Escape")
     tab.answer("stopped")
@@ -480,9 +487,7 @@ def test_the_keyboard_is_enough(open_tab: Opener) -> None:
     keys.press("Enter")
     tab.answer("stopped")
     expect(tab.button("Retry")).to_be_focused()
-    backwards = (
-        "Edit this question|Conversation|Switch to dark|Settings|Clear|llava-miniature|one two|New conversation|Skip to the question"
-    )
+    backwards = "Edit this question|Conversation|Switch to dark|Settings|Clear|llava-miniature|Describe the scene.|New conversation|Skip to the question"
     for name in backwards.split("|"):
         keys.press("Shift+Tab")
         assert focused(tab) == name

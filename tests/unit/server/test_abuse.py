@@ -1,0 +1,88 @@
+"""Many bad requests, drawn: no 5xx, nothing left behind, a good request beside them unharmed. Seconds here, half an hour in the soak."""
+
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.harness import write_result
+from llavakit.server.config import ServerConfig
+from llavakit.server.openapi import document
+from tests.serving import MODEL, Running, running
+from tests.serving_abuse import Counts, abuse
+
+SCHEMA = schemathesis.openapi.from_dict(document())
+FOUND: Any = [found.ok() for found in SCHEMA.get_all_operations()]  # type: ignore[union-attr]
+OPERATIONS = {operation.path: operation for operation in FOUND if operation.method == "post"}
+CONFIG = ServerConfig(port=0, max_new_tokens=8, default_new_tokens=4, header_s=1.0, body_s=1.0)
+
+
+def check_described(server: Running, path: str, body: Any, is_known: bool) -> None:
+    """Send a body made from the description, and check that the answer is one that it names."""
+    if isinstance(body, dict) and is_known and "model" in body:
+        body = {**body, "model": MODEL}
+    reply = server.ask("POST", path, body)
+    described = document()["paths"][path]["post"]["responses"]
+    assert str(reply.status) in described, (reply.status, reply.body, body)
+    assert reply.status < 500, (reply.status, reply.body, body)
+    if reply.status != 200:
+        assert reply.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def drawn(path: str, count: int) -> Any:
+    """Make the property test of a path."""
+    modes = [OPERATIONS[path].as_strategy(generation_mode=mode) for mode in schemathesis.GenerationMode]
+
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(st.one_of(modes), st.booleans())
+    def check(server: Running, case: Any, is_known: bool) -> None:
+        check_described(server, path, case.body, is_known)
+
+    return check
+
+
+@pytest.mark.catalogue("C4", "C5", "C7", "A27")
+@pytest.mark.parametrize("path", OPERATIONS)
+def test_bodies_drawn_from_the_description_get_described_answers(path: str) -> None:
+    with running(CONFIG) as server:
+        drawn(path, 25)(server)
+        assert server.is_quiet()
+
+
+def checked(counts: Counts, server: Running) -> None:
+    assert counts.wrong == []
+    assert counts.good > 0
+    assert not [status for status in counts.statuses if status >= 500 and status != 503], counts.statuses
+    assert server.is_quiet()
+    assert server.ask("GET", "/health").status == 200
+
+
+@pytest.mark.catalogue("E1", "E5", "E6", "F8", "A1", "C1")
+def test_a_good_client_is_unharmed_by_bad_ones() -> None:
+    with running(CONFIG) as server:
+        checked(abuse(server, 8.0, seed=1), server)
+
+
+@pytest.mark.soak
+@pytest.mark.catalogue("E22")
+def test_half_an_hour_of_bad_clients() -> None:
+    with running(CONFIG) as server:
+        abuse(server, 60.0, seed=2)
+        counts = abuse(server, 1740.0, seed=3)
+        checked(counts, server)
+        tenth = len(counts.rss_bytes) // 10
+        growth = max(counts.rss_bytes[-tenth:]) - max(counts.rss_bytes[:tenth])
+        assert growth < 64 << 20
+        facts = {"good": counts.good, "busy": counts.busy, "slowest_s": round(counts.slowest_s, 2), "rss_growth_bytes": growth}
+        write_result("serving_abuse", "make soak", {"seconds": 1800, **facts, "acts": dict(counts.acts), "statuses": dict(counts.statuses)})
+
+
+@pytest.mark.soak
+def test_ten_thousand_bodies_from_the_description() -> None:
+    with running(CONFIG) as server:
+        for path in OPERATIONS:
+            drawn(path, 2500)(server)
+        assert server.is_quiet()
+        write_result("serving_bodies", "make soak", {"bodies": 2500 * len(OPERATIONS)})
