@@ -21,6 +21,7 @@ _COMMANDS = (
     ("inspect", "Show what a checkpoint holds, without loading it."),
     ("lint", "Show what a prompt becomes, and how files deviate from training."),
     ("doctor", "Show what this machine can run."),
+    ("generate", "Answer many questions from a file into a file."),
     ("serve", "Serve a model to OpenAI clients and browsers."),
     ("train", "Train a model by a recipe."),
     ("reproduce", "Train the embedded miniature from nothing."),

@@ -173,6 +173,23 @@ class LLM:
         make = functools.partial(self.requests.chat, tenant=tenant, adapter=adapter)
         return self._many([functools.partial(make, one, own) for one, own in asked], progress=progress)
 
+    def chat_each(
+        self,
+        conversations: Iterable[Callable[[], Conversation]],
+        params: SamplingParams | None = None,
+        *,
+        tenant: str = "",
+        adapter: str = "",
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answer conversations without end, each built when its turn comes; yields numbers and answers as they are finished.
+
+        One that cannot be built or answered gives a completion with finish_reason "error". Closing the iterator ends the work.
+        """
+        return self._each(functools.partial(self._request, build, params, tenant=tenant, adapter=adapter) for build in conversations)
+
+    def _request(self, build: Callable[[], Conversation], params: SamplingParams | None, *, tenant: str, adapter: str) -> Request:
+        return self.requests.chat(build(), params, tenant=tenant, adapter=adapter)
+
     @overload
     def generate(
         self,
@@ -311,37 +328,40 @@ class LLM:
         return joined_answers(found)
 
     def _many(self, makers: Sequence[Callable[[], Request]], *, progress: bool) -> list[Completion]:
-        """Answer many requests, which are made as the engine gets to them, so that only few pictures are held at a time."""
+        """Answer many requests and return the answers in order."""
         completions: dict[int, Completion] = {}
+        with _bar(len(makers), is_shown=progress) as advance:
+            for place, completion in self._each(makers):
+                completions[place] = completion
+                advance()
+        return [completions[place] for place in range(len(makers))]
+
+    def _each(self, makers: Iterable[Callable[[], Request]]) -> Iterator[tuple[int, Completion]]:
+        """Answer many requests, which are made as the engine gets to them, so that only few pictures are held at a time."""
         places: dict[int, int] = {}
         found: dict[int, list[TokenEvent]] = {}
         box: deque[TokenEvent] = deque()
-        waiting = iter(enumerate(makers))
-        with _bar(len(makers), is_shown=progress) as advance:
-            try:
-                while len(completions) < len(makers):
-                    for place, make in itertools.islice(waiting, 2 * self.engine.settings.max_batch - len(places)):
-                        try:
-                            number = self._submit(make(), box)
-                        except LlavaError as error:
-                            completions[place] = _refused(place, error)
-                            advance()
-                        else:
-                            places[number], found[number] = place, []
-                    if not places:
-                        continue
-                    event = self._await(box)
-                    if event.completion is not None:
-                        found[event.request].append(event)
-                    if event.is_last:
-                        place = places.pop(event.request)
-                        completions[place] = joined_answers(found.pop(event.request))
-                        if event.error is not None:
-                            _LOG.warning("request %d failed: %s", place, event.error)
-                        advance()
-            finally:
-                self._abandon(places)
-        return [completions[place] for place in range(len(makers))]
+        waiting = enumerate(makers)
+        try:
+            while True:
+                for place, make in itertools.islice(waiting, 2 * self.engine.settings.max_batch - len(places)):
+                    try:
+                        number = self._submit(make(), box)
+                    except LlavaError as error:
+                        yield place, _refused(place, error)
+                    else:
+                        places[number], found[number] = place, []
+                if not places:
+                    return
+                event = self._await(box)
+                if event.completion is not None:
+                    found[event.request].append(event)
+                if event.is_last:
+                    if event.error is not None:
+                        _LOG.warning("request %d failed: %s", places[event.request], event.error)
+                    yield places.pop(event.request), joined_answers(found.pop(event.request))
+        finally:
+            self._abandon(places)
 
 
 @dataclass(frozen=True, slots=True)

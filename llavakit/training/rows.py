@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import re
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from llavakit.errors import DataError
+from llavakit.storage.json_rows import JsonRows
 from llavakit.storage.tar import TarFiles, TarMember, is_archive
 from llavakit.training.checks import FaultError
 
@@ -25,9 +24,6 @@ __all__ = ["Rows", "open_rows"]
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_BOM = b"\xef\xbb\xbf"
-_JSON_TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
-"""Strings whole, brackets and commas; a quotation mark alone opens a string that never ends."""
 
 
 class Rows(Protocol):
@@ -54,83 +50,10 @@ def open_rows(name: str | Path, *, subset: str | None = None, split: str = "trai
     if is_archive(place):
         return _TarRows(place)
     if path.suffix in (".json", ".jsonl"):
-        return _JsonRows(path)
+        return JsonRows(path)
     if path.exists() or path.suffix == ".parquet" or _HUB_ID.fullmatch(place):
         return _DatasetRows(place, subset, split)
     raise DataError(f"there is no file or folder {place}; rows are .json, .jsonl, .parquet, .tar, a folder, or a hub id like owner/name")
-
-
-class _JsonRows:
-    """A JSON list of rows, or a row on each line."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            with path.open("rb") as file:
-                self.digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if path.stat().st_size == 0:
-                    raise DataError(f"{path} is empty")
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    spans = _lines(data) if path.suffix == ".jsonl" else _elements(data, path)
-                    self._spans = array("Q", (place for span in spans for place in span))
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from error
-        if not self._spans:
-            raise DataError(f"{path} holds no rows")
-
-    def __len__(self) -> int:
-        return len(self._spans) // 2
-
-    def row(self, index: int) -> Any:
-        begin, end = self._spans[2 * index : 2 * index + 2]
-        with self._path.open("rb") as file:
-            file.seek(begin)
-            data = file.read(end - begin)
-        try:
-            return json.loads(data.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise FaultError("form", f"it is no JSON: {error}") from error
-
-
-def _lines(data: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Find the lines that hold something."""
-    begin = len(_BOM) if data[: len(_BOM)] == _BOM else 0
-    while begin < len(data):
-        found = data.find(b"\n", begin)
-        end = len(data) if found < 0 else found
-        if data[begin:end].strip():
-            yield begin, end
-        begin = end + 1
-
-
-def _elements(data: mmap.mmap, path: Path) -> Iterator[tuple[int, int]]:
-    """Find the elements of a list, which are parsed only when they are asked for. Raises: DataError."""
-    begin, depth = 0, 0
-    for token in _JSON_TOKENS.finditer(data):
-        match token.group():
-            case b"[" | b"{" as mark:
-                if depth == 0 and (mark != b"[" or data[: token.start()].removeprefix(_BOM).strip() or begin):
-                    break
-                depth += 1
-                begin = token.end() if depth == 1 else begin
-            case b"]" | b"}" as mark:
-                depth -= 1
-                if depth == 0 and (mark == b"}" or data[token.end() :].strip()):
-                    break
-                if depth == 0 and data[begin : token.start()].strip():
-                    yield begin, token.start()
-                if depth < 0:
-                    break
-            case b",":
-                if depth == 1:
-                    yield begin, token.start()
-                    begin = token.end()
-            case b'"':
-                break
-    else:
-        if depth == 0 and begin:
-            return
-    raise DataError(f"{path} must hold one whole JSON list of rows; it is cut off, damaged or something else")
 
 
 class _TarRows:

@@ -1,0 +1,72 @@
+"""llava generate: many questions from a file, answered into a file."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from llavakit.cli.options import EngineOptions, ModelOptions, SamplingOptions
+
+__all__ = ["generate"]
+
+_FAILED = 1
+
+
+def generate(
+    source: Annotated[Path, Parameter(name="--input")],
+    output: Annotated[Path, Parameter(name="--output")],
+    *,
+    question: str | None = None,
+    images: Path | None = None,
+    adapter: str = "",
+    options: Annotated[ModelOptions, Parameter(name="*")] = ModelOptions(),
+    engine: Annotated[EngineOptions, Parameter(name="*")] = EngineOptions(),
+    sampling: Annotated[SamplingOptions, Parameter(name="*")] = SamplingOptions(),
+) -> int:
+    """Answer every row of a file, or ask one question about every picture of a folder; the same command goes on after any interruption.
+
+    The output has one row of JSON for each row of the input, in its order, and appears once all are answered. A row that cannot be answered
+    has an error, and the command then exits with 1.
+
+    Parameters
+    ----------
+    source
+        .json or .jsonl, whose rows have messages, or question (or text) and image; or a folder of pictures.
+    output
+        File to write (.jsonl).
+    question
+        What to ask about each picture of a folder.
+    images
+        Folder of the pictures that rows name; the file's own folder when left out.
+    adapter
+        The adapter (--adapters NAME=FOLDER) that answers.
+    """
+    from llavakit.engine.bulk import answer_all, open_questions
+
+    questions, params = open_questions(source, images=images, question=question), sampling.params()
+    llm = options.load(engine)
+    with _bar(len(questions)) as advance:
+        failed = answer_all(llm, questions, output, params, model=str(options.model), adapter=adapter, advance=advance)
+    sys.stdout.write(f"{output}\n")
+    if failed:
+        sys.stderr.write(f"llava: {failed} of {len(questions)} rows could not be answered; each has its error\n")
+    return _FAILED if failed else 0
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], object]]:
+    """Show how many are done, with a bar on stderr where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda count: count
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("rows", total=total)
+        yield lambda count: progress.advance(task, count)
