@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llavakit.engine.llm import LLM
+from llavakit.engine.service import AsyncEngine
 from llavakit.server.app import App
+from llavakit.server.backend import Backend, LocalBackend
 from llavakit.server.config import ServerConfig
 from llavakit.server.fetch import Fetcher
 from llavakit.server.keys import Keys
@@ -103,11 +105,18 @@ class Running:
         """Run a coroutine on the server's loop."""
         return asyncio.run_coroutine_threadsafe(make(), self.loop).result(30)
 
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine that answers."""
+        backend = self.app.service.backend
+        assert isinstance(backend, LocalBackend)
+        return backend.engine
+
     def is_quiet(self) -> bool:
         """Wait until nothing of any request is left: no request, no block, no slot."""
         deadline = time.monotonic() + _WAIT_S
         while time.monotonic() < deadline:
-            stats = self.app.service.engine.stats()
+            stats = self.engine.stats()
             if not (stats.num_running or stats.num_waiting or stats.num_used_blocks or self.app.gate.num_inside):
                 return True
             time.sleep(0.01)
@@ -126,6 +135,7 @@ def running(
     *,
     keys: tuple[str, ...] = (),
     llm: LLM | None = None,
+    backend: Backend | None = None,
     fetcher: Callable[[ServerConfig], Fetcher] | None = None,
     name: str = MODEL,
     is_sagemaker: bool = False,
@@ -137,8 +147,11 @@ def running(
     ready, found = threading.Event(), list[Running]()
 
     async def whole() -> None:
-        model = LLM.of(miniature().core, miniature().processor, max_batch=8, kv_memory=64 << 20) if llm is None else llm
-        service = Service(model, name, config, fetcher=None if fetcher is None else fetcher(config))
+        answers = backend
+        if answers is None:
+            model = LLM.of(miniature().core, miniature().processor, max_batch=8, kv_memory=64 << 20) if llm is None else llm
+            answers = LocalBackend(model, config)
+        service = Service(answers, name, config, fetcher=None if fetcher is None else fetcher(config))
         app = App(service, config, Keys(keys), is_sagemaker=is_sagemaker)
         leaving = Leaving()
         found.append(Running(app, port, asyncio.get_running_loop(), leaving))

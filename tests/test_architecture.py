@@ -31,10 +31,12 @@ ORACLES = {"transformers", "peft", "openai", "bitsandbytes"}
 OPTIONAL = {
     "datasets": {"training/rows.py"},
     "gguf": {"storage/gguf_file.py"},
+    "ray": {"server/cluster.py", "server/cluster_bulk.py", "server/ray_router.py"},
     "spacy": {"training/prepare/concepts.py"},
     "llguidance": {"engine/constraint.py"},
     "wandb": {"training/trackers.py"},
 }
+LOADED_BY_THEIR_LIBRARY = {"server/ray_router.py"}
 ESCAPES = {"importlib", "__import__", "pickle", "dill", "marshal", "eval", "exec", "compile", "import_module"}
 HARMLESS = {"importlib.metadata.version", "pickle.UnpicklingError"}
 CLOSED = {"storage/plain_pickle.py": {"pickle.Unpickler"}}  # it refuses every name, so nothing can be called
@@ -96,7 +98,11 @@ def optional_complaints(name: str, tree: ast.Module) -> list[str]:
     at_top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
     top = {dotted.split(".")[0] for dotted in imports(at_top)}
     found = {dotted.split(".")[0] for dotted in imports(tree)} & OPTIONAL.keys()
-    return [f"{name} imports {extra}" for extra in found if name not in OPTIONAL[extra] or extra in top]
+    return [
+        f"{name} imports {extra}"
+        for extra in found
+        if name not in OPTIONAL[extra] or (extra in top and name not in LOADED_BY_THEIR_LIBRARY)
+    ]
 
 
 def escape_complaints(name: str, tree: ast.Module) -> list[str]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from llavakit.cli.options import EngineOptions, ModelOptions, SamplingOptions
+from llavakit.server.config import ClusterConfig
 
 __all__ = ["generate"]
 
@@ -27,6 +30,7 @@ def generate(
     options: Annotated[ModelOptions, Parameter(name="*")] = ModelOptions(),
     engine: Annotated[EngineOptions, Parameter(name="*")] = EngineOptions(),
     sampling: Annotated[SamplingOptions, Parameter(name="*")] = SamplingOptions(),
+    cluster: Annotated[ClusterConfig, Parameter(name="*")] = ClusterConfig(),
 ) -> int:
     """Answer every row of a file, or ask one question about every picture of a folder; the same command goes on after any interruption.
 
@@ -46,12 +50,18 @@ def generate(
     adapter
         The adapter (--adapters NAME=FOLDER) that answers.
     """
-    from llavakit.engine.bulk import answer_all, open_questions
+    from llavakit.engine.bulk import answer_all, local_answers, open_questions
 
     questions, params = open_questions(source, images=images, question=question), sampling.params()
-    llm = options.load(engine)
+    if cluster.cluster:
+        from llavakit.server.cluster_bulk import cluster_answers
+
+        answers = cluster_answers(functools.partial(options.load, engine), questions, params, cluster, adapter=adapter)
+    else:
+        answers = local_answers(options.load(engine), questions, params, adapter=adapter)
+    who = {"model": options.model, "adapter": adapter, "params": asdict(params)}
     with _bar(len(questions)) as advance:
-        failed = answer_all(llm, questions, output, params, model=str(options.model), adapter=adapter, advance=advance)
+        failed = answer_all(answers, questions, output, who, advance=advance)
     sys.stdout.write(f"{output}\n")
     if failed:
         sys.stderr.write(f"llava: {failed} of {len(questions)} rows could not be answered; each has its error\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from cyclopts import Parameter
 from llavakit.cli.options import EngineOptions, ModelOptions
 from llavakit.errors import ConfigError
 from llavakit.logs import show_logs
-from llavakit.server.config import ServerConfig
+from llavakit.server.config import ClusterConfig, ServerConfig
 
 __all__ = ["serve"]
 
@@ -24,6 +25,7 @@ def serve(
     options: Annotated[ModelOptions, Parameter(name="*")] = ModelOptions(),
     engine: Annotated[EngineOptions, Parameter(name="*")] = EngineOptions(),
     server: Annotated[ServerConfig, Parameter(name="*")] = ServerConfig(),
+    cluster: Annotated[ClusterConfig, Parameter(name="*")] = ClusterConfig(),
     name: str | None = None,
     api_key_file: Path | None = None,
     sagemaker: bool = False,
@@ -40,6 +42,7 @@ def serve(
         Serve as SageMaker's containers do: /ping and /invocations, all addresses, port 8080, no key, the model of /opt/ml/model.
     """
     try:
+        from llavakit.server.backend import Backend, LocalBackend
         from llavakit.server.keys import Keys, read_keys
         from llavakit.server.run import bind
         from llavakit.server.run import serve as run
@@ -51,10 +54,16 @@ def serve(
         options = replace(options, model=options.model or str(_SAGEMAKER_MODEL))
     keys = Keys([] if api_key_file is None else read_keys(api_key_file))
     listener = bind(server, keys)
-    llm = options.load(engine)
+    backend: Backend
+    if cluster.cluster:
+        from llavakit.server.cluster import start_cluster
+
+        backend = start_cluster(functools.partial(options.load, engine), server, cluster)
+    else:
+        backend = LocalBackend(options.load(engine), server)
     shown = name or (options.model or "llava-miniature")
     sys.stderr.write("".join(f"{field.name:>20} {getattr(server, field.name)}\n" for field in fields(server)))
-    run(llm, shown, server, keys, listener, is_sagemaker=sagemaker, tell=_tell)
+    run(backend, shown, server, keys, listener, is_sagemaker=sagemaker, tell=_tell)
 
 
 def _tell(address: str) -> None:

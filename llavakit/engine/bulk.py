@@ -1,7 +1,7 @@
 """Many questions from a file, answered into a file: exactly one row out for each row in, whatever interrupts it.
 
-Owns: Questions (a JSON file or a folder of pictures) and answer_all. Finished answers are kept in a journal beside the output until all are
-there; then the output appears whole, in the order of the input, and the journal goes.
+Owns: Questions (a JSON file or a folder of pictures), answer_all, and local_answers, which a model of this process gives. Finished answers
+are kept in a journal beside the output until all are there; then the output appears whole, in the order of the input, and the journal goes.
 Refuses: addresses; pictures are files below the folder of pictures.
 """
 
@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from llavakit.storage.journal import Journal
 from llavakit.storage.json_rows import JsonRows
 from llavakit.types import Completion, Conversation, ImagePart, Message, Part, SamplingParams, TextPart
 
-__all__ = ["FolderQuestions", "Questions", "RowQuestions", "answer_all", "open_questions"]
+__all__ = ["Answers", "FolderQuestions", "Questions", "RowQuestions", "answer_all", "answer_row", "local_answers", "open_questions"]
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _BATCH = 32
@@ -152,64 +151,64 @@ def open_questions(place: Path, *, images: Path | None = None, question: str | N
     return RowQuestions(place, place.parent if images is None else images)
 
 
+Answers = Callable[[Sequence[int]], Iterator[tuple[int, Mapping[str, Any]]]]
+"""answers(numbers) -> each question's number and what its row says besides its head, as they are finished."""
+
+
 def answer_all(
-    llm: LLM,
-    questions: Questions,
-    output: Path,
-    params: SamplingParams,
-    *,
-    model: str,
-    adapter: str = "",
-    advance: Callable[[int], object] = lambda count: count,
+    answers: Answers, questions: Questions, output: Path, who: Mapping[str, Any], *, advance: Callable[[int], object] = lambda count: count
 ) -> int:
     """Answer every question into output, one JSON row each, going on where an earlier call was interrupted; returns how many failed.
 
-    model says in the journal who answers, so that nobody else goes on. advance hears how many more are done.
+    who says in the journal who answers, and how, so that nobody else goes on. advance hears how many more are done.
     Raises: StorageError where output is there already or the journal belongs to another run; DataError.
     """
     if output.exists():
         raise StorageError(f"{output} is there already; choose another name, or remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
     journal_path = output.with_name(f".{output.name}.journal")
-    run = {"questions": questions.digest, "model": model, "adapter": adapter, "params": json.loads(json.dumps(asdict(params)))}
+    run = json.loads(json.dumps({"questions": questions.digest, **who}))
     with Journal(journal_path) as journal:
         if not journal.put(_RUN, run) and journal.get(_RUN) != run:
             raise StorageError(f"{journal_path} belongs to a run with other questions, model or parameters; remove it to start over")
         missing = [index for index in range(len(questions)) if str(index) not in journal]
         advance(len(questions) - len(missing))
-        _fill(llm, questions, missing, journal, params, adapter, advance)
+        _fill(answers, missing, journal, advance)
         num_failed = _write(questions, journal, output)
     for suffix in ("", "-wal", "-shm"):
         journal_path.with_name(journal_path.name + suffix).unlink(missing_ok=True)
     return num_failed
 
 
-def _fill(
-    llm: LLM,
-    questions: Questions,
-    missing: list[int],
-    journal: Journal,
-    params: SamplingParams,
-    adapter: str,
-    advance: Callable[[int], object],
-) -> None:
-    builders = (functools.partial(questions.conversation, index) for index in missing)
+def local_answers(llm: LLM, questions: Questions, params: SamplingParams, *, adapter: str = "") -> Answers:
+    """Answer with a model of this process."""
+
+    def answers(numbers: Sequence[int]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        builders = (functools.partial(questions.conversation, index) for index in numbers)
+        for place, completion in llm.chat_each(builders, params, adapter=adapter):
+            yield numbers[place], answer_row(completion)
+
+    return answers
+
+
+def answer_row(completion: Completion) -> dict[str, Any]:
+    """Return what a row says of an answer."""
+    usage = {"prompt_tokens": completion.usage.prompt_tokens, "completion_tokens": completion.usage.completion_tokens}
+    others = {"others": [other.text for other in completion.others]} if completion.others else {}
+    failed = {} if completion.error is None else {"error": completion.error}
+    return {"text": completion.text, **others, "finish_reason": completion.finish_reason, "usage": usage, **failed}
+
+
+def _fill(answers: Answers, missing: Sequence[int], journal: Journal, advance: Callable[[int], object]) -> None:
     finished: dict[str, Any] = {}
     try:
-        for place, completion in llm.chat_each(builders, params, adapter=adapter):
-            finished[str(missing[place])] = _row(completion)
+        for number, row in answers(missing):
+            finished[str(number)] = row
             if len(finished) >= _BATCH:
                 advance(journal.put_many(finished))
                 finished = {}
     finally:
         advance(journal.put_many(finished))
-
-
-def _row(completion: Completion) -> Mapping[str, Any]:
-    usage = {"prompt_tokens": completion.usage.prompt_tokens, "completion_tokens": completion.usage.completion_tokens}
-    others = {"others": [other.text for other in completion.others]} if completion.others else {}
-    failed = {} if completion.error is None else {"error": completion.error}
-    return {"text": completion.text, **others, "finish_reason": completion.finish_reason, "usage": usage, **failed}
 
 
 def _write(questions: Questions, journal: Journal, output: Path) -> int:

@@ -17,7 +17,7 @@ from llavakit.processing.processor import LlavaProcessor, Prompt
 from llavakit.processing.text import TextProcessor
 from llavakit.types import Conversation, SamplingParams
 
-__all__ = ["RequestFactory"]
+__all__ = ["RequestFactory", "text_ids"]
 
 
 class RequestFactory:
@@ -67,9 +67,7 @@ class RequestFactory:
         if isinstance(prompt, Prompt):
             return prompt
         if isinstance(prompt, str):
-            markers = self.processor.markers
-            opening = [markers.bos] if markers.has_opening and markers.bos is not None else []
-            prompt = [*opening, *self.processor.tokenizer.encode_text(prompt)]
+            prompt = text_ids(self.processor, prompt)
         return Prompt(tuple(prompt), (False,) * len(prompt), torch.empty(0, 3, 1, 1))
 
     def _request(
@@ -86,3 +84,10 @@ class RequestFactory:
             adapter=adapter,
         )
         return Request(prompt, SamplingParams() if params is None else params, terms)
+
+
+def text_ids(processor: LlavaProcessor | TextProcessor, text: str) -> list[int]:
+    """Return the ids of a text that is to be continued: after bos where the model's prompts have it, nothing in it markup."""
+    markers = processor.markers
+    opening = [markers.bos] if markers.has_opening and markers.bos is not None else []
+    return [*opening, *processor.tokenizer.encode_text(text)]

@@ -15,8 +15,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any
 
 from llavakit.engine.request import TokenEvent
-from llavakit.engine.service import Stream
 from llavakit.logs import logger
+from llavakit.server.backend import Answering
 from llavakit.server.config import ServerConfig
 from llavakit.server.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from llavakit.server.faults import HttpError, fault_of
@@ -75,7 +75,7 @@ class App:
         self.gate.is_draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_s):
-                await self.service.engine.drain()
+                await self.service.backend.drain()
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -150,17 +150,19 @@ class App:
 
     async def _health(self, exchange: Exchange, caller: Caller) -> None:
         del caller
-        is_healthy = await self.service.is_healthy()
+        is_healthy = await self.service.backend.is_healthy()
         await exchange.respond_json({"status": "ok" if is_healthy else "unhealthy"}, 200 if is_healthy else 503)
 
     async def _ready(self, exchange: Exchange, caller: Caller) -> None:
         del caller
-        is_ready = not self.gate.is_draining and self.gate.num_inside < self.service.most_requests and await self.service.is_healthy()
+        is_ready = (
+            not self.gate.is_draining and self.gate.num_inside < self.service.most_requests and await self.service.backend.is_healthy()
+        )
         await exchange.respond_json({"status": "ready" if is_ready else "busy"}, 200 if is_ready else 503)
 
     async def _metrics(self, exchange: Exchange, caller: Caller) -> None:
         del caller
-        await exchange.respond(200, self.service.metrics.write(self.service.engine.stats()), "text/plain; version=0.0.4")
+        await exchange.respond(200, self.service.metrics.write(self.service.backend.stats()), "text/plain; version=0.0.4")
 
     async def _openapi(self, exchange: Exchange, caller: Caller) -> None:
         del caller
@@ -231,16 +233,16 @@ class App:
 
     async def _chat_of(self, exchange: Exchange, caller: Caller, values: Any, uploads: Mapping[str, bytes]) -> None:
         asked = read_request(ChatRequest, values)
-        form = Chat(exchange.request_id, asked.model, self.service.llm.processor.tokenizer, has_usage=_wants_usage(asked))
+        form = Chat(exchange.request_id, asked.model, self.service.backend.processor.tokenizer, has_usage=_wants_usage(asked))
         await exchange.unless_gone(self._run(exchange, functools.partial(self.service.chat, asked, caller, uploads), asked, form))
 
     async def _complete_of(self, exchange: Exchange, caller: Caller, values: Any) -> None:
         asked = read_request(CompletionRequest, values)
-        form = Text(exchange.request_id, asked.model, self.service.llm.processor.tokenizer, has_usage=_wants_usage(asked))
+        form = Text(exchange.request_id, asked.model, self.service.backend.processor.tokenizer, has_usage=_wants_usage(asked))
         await exchange.unless_gone(self._run(exchange, functools.partial(self.service.complete, asked, caller), asked, form))
 
     async def _run(
-        self, exchange: Exchange, submit: Callable[[], Awaitable[list[Stream]]], asked: ChatRequest | CompletionRequest, form: Form
+        self, exchange: Exchange, submit: Callable[[], Awaitable[list[Answering]]], asked: ChatRequest | CompletionRequest, form: Form
     ) -> None:
         """Answer a request for text, whole or in pieces."""
         if asked.stream_options is not None and not asked.stream:
@@ -292,7 +294,7 @@ class App:
             yield event(form.usage(answers.groups()))
         yield DONE
 
-    async def _events(self, streams: Sequence[Stream], *, limit_s: float) -> AsyncIterator[tuple[int, TokenEvent]]:
+    async def _events(self, streams: Sequence[Answering], *, limit_s: float) -> AsyncIterator[tuple[int, TokenEvent]]:
         """Yield the events of streams, as they come, with the number of each one's stream.
 
         Raises: HttpError (503), TimeoutError after limit_s, what ended one.
@@ -307,14 +309,14 @@ class App:
             latest = now
             yield number, one
 
-    def _check_queue(self, streams: Sequence[Stream], began: float) -> None:
-        if time.monotonic() - began > self.config.queue_s and all(map(self.service.engine.is_queued, streams)):
+    def _check_queue(self, streams: Sequence[Answering], began: float) -> None:
+        if time.monotonic() - began > self.config.queue_s and all(map(self.service.backend.is_queued, streams)):
             raise HttpError(503, "queue_timeout", "the request waited too long for its turn; try again later", retry_s=5)
 
     def _described(self, name: str) -> dict[str, Any]:
         described = {"id": name, "object": "model", "created": self.service.created, "owned_by": "llavakit"}
         parent = {"root": self.service.name} if name != self.service.name else {}
-        return {**described, **parent, "max_model_len": self.service.engine.requests.context_len}
+        return {**described, **parent, "max_model_len": self.service.backend.context_len}
 
 
 class _Answers:
@@ -345,7 +347,7 @@ async def _chained(first: tuple[int, TokenEvent], rest: AsyncIterator[tuple[int,
         yield found
 
 
-async def _merged(streams: Sequence[Stream], check: Callable[[], None], limit_s: float) -> AsyncIterator[tuple[int, TokenEvent]]:
+async def _merged(streams: Sequence[Answering], check: Callable[[], None], limit_s: float) -> AsyncIterator[tuple[int, TokenEvent]]:
     """Yield the events of streams as they come; until the first one check is called now and then. Raises: TimeoutError after limit_s."""
     queue: asyncio.Queue[tuple[int, TokenEvent | BaseException | None]] = asyncio.Queue()
     limit = asyncio.get_running_loop().call_later(max(limit_s, 0), queue.put_nowait, (0, TimeoutError()))
@@ -368,7 +370,7 @@ async def _merged(streams: Sequence[Stream], check: Callable[[], None], limit_s:
             task.cancel()
 
 
-async def _follow(number: int, stream: Stream, queue: asyncio.Queue[tuple[int, TokenEvent | BaseException | None]]) -> None:
+async def _follow(number: int, stream: Answering, queue: asyncio.Queue[tuple[int, TokenEvent | BaseException | None]]) -> None:
     try:
         async for found in stream:
             queue.put_nowait((number, found))

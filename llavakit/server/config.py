@@ -1,7 +1,7 @@
 """How a server runs, and what it lets nobody do.
 
-Owns: ServerConfig; every field is a flag of `llava serve`. Refuses: torch. Sources of the defaults: what trusted servers state or were
-attacked through (docs/serving.md).
+Owns: ServerConfig and ClusterConfig; every field is a flag of `llava serve`. Refuses: torch. Sources of the defaults: what trusted servers
+state or were attacked through (docs/serving.md).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from llavakit.errors import ConfigError
 
-__all__ = ["ServerConfig"]
+__all__ = ["ClusterConfig", "ServerConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,3 +120,32 @@ class ServerConfig:
                 is_wrong = isinstance(value, int | float) and not value > 0
             if is_wrong:
                 raise ConfigError(f"{name} must be above 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """Replicas of a model on Ray."""
+
+    cluster: bool = False
+    """Answer by replicas on Ray Serve in place of one engine in the server's process."""
+    replicas: int = 1
+    """Replicas to begin with, and the fewest there are."""
+    max_replicas: int | None = None
+    """Most replicas; as many as --replicas when left out. More are started as more questions are on their way."""
+    replica_cpus: float = 1.0
+    """Cores of a replica."""
+    replica_gpus: float = 0.0
+    """GPUs of a replica."""
+    ray_address: str | None = None
+    """A Ray cluster to use; one is started on this machine when left out, and listens on all its addresses."""
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1 or (self.max_replicas is not None and self.max_replicas < self.replicas):
+            raise ConfigError(f"replicas must be at least 1 and at most max_replicas, got {self.replicas} and {self.max_replicas}")
+        if not self.replica_cpus > 0 or self.replica_gpus < 0:
+            raise ConfigError(f"replica_cpus must be above 0, replica_gpus at least 0, got {self.replica_cpus} and {self.replica_gpus}")
+
+    @property
+    def most_replicas(self) -> int:
+        """How many replicas there may be."""
+        return self.replicas if self.max_replicas is None else self.max_replicas

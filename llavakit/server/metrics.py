@@ -43,8 +43,8 @@ class Metrics:
             field: Gauge(f"llava_{name}", text, registry=self.registry) for field, name, text in (*_COUNTED, *_STANDING)
         }  # of the engine's own counts, as they are when they are asked for
 
-    def write(self, stats: Stats) -> bytes:
-        """Write everything as text."""
-        for field, gauge in self._gauges.items():
+    def write(self, stats: Stats | None) -> bytes:
+        """Write everything as text; the engine's counts as far as they are known."""
+        for field, gauge in self._gauges.items() if stats is not None else ():
             gauge.set(getattr(stats, field))
         return generate_latest(self.registry)

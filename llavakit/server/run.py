@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from llavakit.engine.llm import LLM
 from llavakit.errors import CapacityError, ConfigError
 from llavakit.logs import logger
 from llavakit.server.app import App
+from llavakit.server.backend import Backend
 from llavakit.server.config import ServerConfig
 from llavakit.server.http import build_protocol
 from llavakit.server.keys import Keys
@@ -46,7 +46,7 @@ def bind(config: ServerConfig, keys: Keys) -> socket.socket:
 
 
 def serve(
-    llm: LLM,
+    backend: Backend,
     name: str,
     config: ServerConfig,
     keys: Keys,
@@ -56,13 +56,20 @@ def serve(
     tell: Callable[[str], object] = _LOG.info,
 ) -> None:
     """Serve until the process is told to stop; tell hears the address once requests are taken."""
-    asyncio.run(_serve(llm, name, config, keys, listener, is_sagemaker=is_sagemaker, tell=tell))
+    asyncio.run(_serve(backend, name, config, keys, listener, is_sagemaker=is_sagemaker, tell=tell))
 
 
 async def _serve(
-    llm: LLM, name: str, config: ServerConfig, keys: Keys, listener: socket.socket, *, is_sagemaker: bool, tell: Callable[[str], object]
+    backend: Backend,
+    name: str,
+    config: ServerConfig,
+    keys: Keys,
+    listener: socket.socket,
+    *,
+    is_sagemaker: bool,
+    tell: Callable[[str], object],
 ) -> None:
-    app = App(Service(llm, name, config), config, keys, is_sagemaker=is_sagemaker)
+    app = App(Service(backend, name, config), config, keys, is_sagemaker=is_sagemaker)
     leaving = Leaving()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

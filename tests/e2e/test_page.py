@@ -221,8 +221,14 @@ def test_stop_keeps_what_came(open_tab: Opener) -> None:
     assert whole.startswith(kept)
     assert len(kept) < len(whole)
     expect(tab.facts).to_have_text(re.compile("^stopped · about"))
+    tab.page.route(CHAT, lambda route: None)
+    tab.say("Is anybody there?")
+    tab.button("Stop").click()
+    tab.page.unroute(CHAT)
     assert "yes" in tab.ask(CROSS)
     assert tab.bodies[-1]["messages"][1] == {"role": "assistant", "content": kept}
+    assert len(tab.bodies[-1]["messages"]) == 3
+    assert [turn.get_attribute("data-state") for turn in tab.turns.all()] == ["stopped", "stopped", "done"]
     expect(tab.turns.first.locator(".answer")).to_have_text(kept)
 
 

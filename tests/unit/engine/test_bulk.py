@@ -6,13 +6,15 @@ import os
 import random
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llavakit.cli.main import run
-from llavakit.engine.bulk import answer_all, open_questions
+from llavakit.engine.bulk import Questions, local_answers, open_questions
+from llavakit.engine.bulk import answer_all as answer_everything
 from llavakit.engine.llm import LLM
 from llavakit.errors import ConfigError, DataError, StorageError
 from llavakit.types import Conversation, SamplingParams
@@ -23,6 +25,11 @@ SHORT = SamplingParams(max_tokens=6)
 
 def llm() -> LLM:
     return LLM.of(miniature().core, miniature().processor, max_batch=8, kv_memory=64 << 20)
+
+
+def answer_all(own: LLM, questions: Questions, output: Path, params: SamplingParams, *, model: str, **options: Any) -> int:
+    who = {"model": model, "params": asdict(params)}
+    return answer_everything(local_answers(own, questions, params), questions, output, who, **options)
 
 
 def write(folder: Path, rows: list[Any]) -> Path:

@@ -177,12 +177,12 @@ def test_an_engine_that_breaks_is_told_to_everybody() -> None:
     with running() as server:
         plain = started(server)
         thread, found = in_thread(lambda: server.chat(chat_body(**LONG)))
-        assert waited(lambda: server.app.service.engine.stats().num_running == 2)
+        assert waited(lambda: server.engine.stats().num_running == 2)
 
         def broken() -> Any:
             raise AssertionError("a block is lost at 0x7fffdeadbeef")
 
-        server.app.service.llm.engine.step = broken  # type: ignore[method-assign]
+        server.engine.llm.engine.step = broken  # type: ignore[method-assign]
         data = rest(plain)
         thread.join(10)
         assert b'"error"' in data
@@ -197,10 +197,10 @@ def test_an_engine_that_breaks_is_told_to_everybody() -> None:
 def test_an_engine_that_hangs_is_unhealthy() -> None:
     with running(ServerConfig(port=0, stall_s=0.3)) as server:
         held = threading.Event()
-        step = server.app.service.llm.engine.step
-        server.app.service.llm.engine.step = lambda: (held.wait(20), step())[1]  # type: ignore[method-assign]
+        step = server.engine.llm.engine.step
+        server.engine.llm.engine.step = lambda: (held.wait(20), step())[1]  # type: ignore[method-assign]
         thread, _ = in_thread(lambda: server.chat(chat_body()))
-        assert waited(lambda: server.app.service.engine.stats().num_waiting == 1)
+        assert waited(lambda: server.engine.stats().num_waiting == 1)
         assert waited(lambda: server.ask("GET", "/health").status == 503)
         held.set()
         thread.join(10)
@@ -268,9 +268,9 @@ def test_what_one_key_asked_is_not_found_by_another() -> None:
     with running(keys=KEYS) as server:
 
         def found(headers: dict[str, str]) -> tuple[str, int, int]:
-            before = server.app.service.engine.stats()
+            before = server.engine.stats()
             text = server.chat(body, headers).json()["choices"][0]["message"]["content"]
-            after = server.app.service.engine.stats()
+            after = server.engine.stats()
             return text, after.num_found_tokens - before.num_found_tokens, after.num_found_pictures - before.num_found_pictures
 
         text, *nothing = found(first)

@@ -281,7 +281,7 @@ def test_prompts_that_do_not_fit_are_refused_before_a_picture_is_decoded(server:
 )
 def test_markup_in_a_users_text_is_text(server: Running, text: str) -> None:
     tokenize = server.ask("POST", "/v1/tokenize", {"model": MODEL, "messages": asked(f"what is {text} ?")["messages"]}).json()
-    special = server.app.service.llm.processor.tokenizer.special_ids
+    special = server.app.service.backend.processor.tokenizer.special_ids
     plain = server.ask("POST", "/v1/tokenize", {"model": MODEL, "messages": asked("what is it ?")["messages"]}).json()
     assert (
         sum(index in special for index in tokenize["tokens"]) == sum(index in special for index in plain["tokens"]) + text.count("＜") * 0
