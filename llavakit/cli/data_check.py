@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
-from llavakit.errors import LlavaError
+from llavakit.errors import ConfigError, LlavaError
 from llavakit.logs import show_logs
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def data_check(
     from llavakit.training.config import SourceConfig
     from llavakit.training.sets import open_source
 
+    if json and show:
+        raise ConfigError("--show writes text, and --json a document; use one of them")
     show_logs()
     processor, source = load_processor_alone(model, template), SourceConfig(rows=file, images=images, subset=subset, split=split)
     rows = open_source(source, processor, is_pairs=pairs, max_sample_tokens=max_len, masks=masks)

@@ -49,9 +49,12 @@ class JsonRows:
     def row(self, index: int) -> Any:
         """Read a row. Raises: DataError for one that is no JSON."""
         begin, end = self._spans[2 * index : 2 * index + 2]
-        with self._path.open("rb") as file:
-            file.seek(begin)
-            data = file.read(end - begin)
+        try:
+            with self._path.open("rb") as file:
+                file.seek(begin)
+                data = file.read(end - begin)
+        except OSError as error:
+            raise DataError(f"cannot read {self._path}: {error.strerror}") from error
         try:
             return json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as error:

@@ -51,8 +51,11 @@ class TarFiles:
         return data
 
     def identity(self) -> list[tuple[str, int, int]]:
-        """Return what tells these archives from others: names, sizes and times of change."""
-        return [(path.name, (facts := path.stat()).st_size, facts.st_mtime_ns) for path in self.shards]
+        """Return what tells these archives from others: names, sizes and times of change. Raises: DataError."""
+        try:
+            return [(path.name, (facts := path.stat()).st_size, facts.st_mtime_ns) for path in self.shards]
+        except OSError as error:
+            raise DataError(f"an archive is gone: {error}") from error
 
 
 def is_archive(place: str) -> bool:
@@ -61,15 +64,37 @@ def is_archive(place: str) -> bool:
 
 
 def _members(number: int, path: Path) -> Iterator[TarMember]:
+    """Read the headers of an archive; a hard link is the file that it links to. Raises: DataError."""
+    places: dict[str, tuple[int, int]] = {}
     try:
         size = path.stat().st_size
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all, a kilobyte each
-                if not member.isfile() or member.issparse():
+                name = member.name.removeprefix("./")
+                if member.isfile() and not member.issparse():
+                    places[name] = member.offset_data, member.size
+                    if member.offset_data + member.size > size:
+                        raise DataError(f"{path} is cut off within {name}; copy it again")
+                elif not member.islnk() or member.linkname.removeprefix("./") not in places:
                     continue
-                if member.offset_data + member.size > size:
-                    raise DataError(f"{path} is cut off within {member.name}; copy it again")
-                yield TarMember(member.name.removeprefix("./"), number, member.offset_data, member.size)
-    except (OSError, tarfile.TarError) as error:
+                else:
+                    places[name] = places[member.linkname.removeprefix("./")]
+                yield TarMember(name, number, *places[name])
+            end = archive.offset
+        _check_end(path, end)
+    except (OSError, tarfile.TarError, ValueError) as error:
         raise DataError(f"{path} is no whole, uncompressed tar file: {error}") from error
+
+
+def _check_end(path: Path, end: int) -> None:
+    """Check that an archive ends where its headers do: in zeros alone. Raises: DataError."""
+    with path.open("rb") as file:
+        file.seek(end)
+        is_closed = False
+        while part := file.read(1 << 20):
+            if part.strip(b"\0"):
+                raise DataError(f"{path} is damaged, or several archives in one: there is more behind byte {end}; make it again")
+            is_closed = is_closed or len(part) >= tarfile.BLOCKSIZE
+    if not is_closed:
+        raise DataError(f"{path} is cut off after byte {end}; copy it again")

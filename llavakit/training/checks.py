@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llavakit.errors import AnimationError, DataError, ImageError, LlavaError, PromptError
 
-__all__ = ["FAULTS", "Fault", "FaultError", "Measures", "duplicate_ids", "fault_of", "too_long"]
+__all__ = ["FAULTS", "PICTURE_FAULTS", "Fault", "FaultError", "Measures", "duplicate_ids", "fault_of", "too_long"]
 
 FAULTS: Mapping[str, str] = {
     "form": "the row is of no known form",
@@ -34,6 +34,8 @@ FAULTS: Mapping[str, str] = {
     "markup in text": "a text spells a template's marker, which stays text (the row trains)",
 }
 """Faults by name. Rows with the last five train."""
+PICTURE_FAULTS = frozenset(("missing picture", "animated picture", "picture"))
+"""Faults that may be gone although the row is the same."""
 
 
 @dataclass(frozen=True, slots=True)

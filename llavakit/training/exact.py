@@ -43,7 +43,7 @@ def exact_chat(processor: LlavaProcessor | TextProcessor, row: Row, grids: Seque
     values = _values(row)
     template, tokenizer = processor.template, processor.tokenizer
     system = "" if template.system is None else template.system
-    encode = _encoder(tokenizer)
+    encode = _encoder(tokenizer, splits=bool(row.pictures) or template.name in ("mpt", "chatml_direct"))
     marks = processor.image_marks if isinstance(processor, LlavaProcessor) else None
     if marks is not None:
         values = [value.replace(_MARKER, f"{marks[0]}{_MARKER}{marks[1]}") for value in values]
@@ -66,13 +66,20 @@ def _values(row: Row) -> list[str]:
     """Write the turns as the original has them before it renders: a picture first, outer white space gone beside one."""
     if len(row.pictures) > 1 or any(turn.role == "system" for turn in row.turns):
         raise FaultError("turn", "the original reads neither several pictures nor a system turn; use data.masks=answers")
+    if any(turn.role != ("user", "assistant")[place % 2] for place, turn in enumerate(row.turns)):
+        raise FaultError("order", "user and assistant must take turns, user first")
     return [f"{_MARKER}\n{turn.text.strip()}".strip() if turn.num_pictures else turn.text for turn in row.turns]
 
 
-def _encoder(tokenizer: Tokenizer) -> _Encode:
-    """Encode text as tokenizer_image_token does: stretches between pictures alone, special tokens in the text being themselves."""
+def _encoder(tokenizer: Tokenizer, *, splits: bool) -> _Encode:
+    """Encode text as tokenizer_image_token does: stretches between pictures alone, special tokens in the text being themselves.
+
+    Where nothing splits, the text is encoded whole, as the original does for rows without a picture.
+    """
 
     def encode(text: str) -> list[int]:
+        if not splits:
+            return list(tokenizer(text)["input_ids"])
         chunks = [list(tokenizer(chunk)["input_ids"]) for chunk in text.split(_MARKER)]
         skipped = 1 if chunks[0][:1] == [tokenizer.bos_token_id] else 0
         ids = chunks[0]
@@ -176,8 +183,10 @@ def _shown(ids: list[int], hidden: _Spans) -> list[bool]:
 
 
 def _expanded(ids: list[int], learned: list[bool], grids: Sequence[ImageGrid], processor: LlavaProcessor | TextProcessor) -> EncodedChat:
-    """Give each picture its places."""
+    """Give each picture its places. Raises: FaultError where a text spells a picture."""
     image_id = processor.image_token_id if isinstance(processor, LlavaProcessor) else _IMAGE
+    if ids.count(_IMAGE) != len(grids) or (image_id in ids and image_id != _IMAGE):
+        raise FaultError("marks", f"a text spells {_MARKER}, which the original takes for a picture; use data.masks=answers")
     counts = iter(map(num_image_tokens, grids))
     runs = [
         ((image_id,) * next(counts), False) if index == _IMAGE else ((index,), is_learned)

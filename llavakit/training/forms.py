@@ -112,10 +112,9 @@ def _unchecked_row(value: Mapping[str, Any]) -> Row:
     if isinstance(value.get("messages"), list):
         return _of_messages(value["messages"], pictures, known)
     if isinstance(value.get("conversations"), list):
-        turns = tuple(map(_turn, value["conversations"]))
+        turns = tuple(_turn(turn, has_pictures=bool(pictures)) for turn in value["conversations"])
     elif isinstance(value.get("texts"), list):
-        turns = tuple(turn for exchange in value["texts"] for turn in _exchange(exchange))
-        return Row(_marked(turns, pictures), pictures, known)
+        return _with_marks(tuple(turn for exchange in value["texts"] for turn in _exchange(exchange, bool(pictures))), pictures, known)
     else:
         raise FaultError("form", 'it must be a table with a list "conversations" or "messages"')
     return Row(_checked(turns, pictures), pictures, known)
@@ -123,20 +122,41 @@ def _unchecked_row(value: Mapping[str, Any]) -> Row:
 
 def _asked(value: Mapping[str, Any]) -> Row:
     """Read what is asked in a pair; pictures without a mark come first in the first question."""
-    pictures, prompt = _pictures(value), value.get("prompt", value.get("question"))
+    pictures, name = _pictures(value), value.get("id")
+    known = name if isinstance(name, str | int) else None
+    prompt = next((value[key] for key in ("prompt", "question") if value.get(key) is not None), None)
+    shared = _shared(value)
     if isinstance(value.get("conversations"), list):
-        turns = tuple(map(_turn, value["conversations"]))
+        asked = _with_marks(tuple(_turn(turn, has_pictures=bool(pictures)) for turn in value["conversations"]), pictures, known)
     elif isinstance(prompt, str):
-        turns = (_turn({"from": "human", "value": prompt}),)
+        asked = _with_marks((*_system(value), Turn("user", _cut(prompt, has_pictures=bool(pictures)))), pictures, known)
     elif isinstance(prompt, list):
-        return _of_messages(prompt, pictures, None)
-    elif prompt is None and isinstance(chosen := value["chosen"], list) and len(chosen) > 1:
-        if not isinstance(value["rejected"], list) or chosen[:-1] != value["rejected"][:-1]:
-            raise FaultError("pair", "chosen and rejected follow different prompts")
-        return _of_messages(chosen[:-1], pictures, None)
+        asked = _of_messages(prompt, pictures, known)
+    elif prompt is None and shared:
+        return _of_messages(shared, pictures, known)
     else:
         raise FaultError("pair", "needs conversations, prompt or question")
-    return Row(_marked(turns, pictures), pictures)
+    if shared and [(turn.role, turn.text) for turn in _of_messages(shared, (), None).turns] != [
+        (turn.role, turn.text) for turn in asked.turns
+    ]:
+        raise FaultError("pair", "the answers hold other turns than the prompt; a pair is one prompt and two answers")
+    return asked
+
+
+def _shared(value: Mapping[str, Any]) -> list[Any]:
+    """Return the turns that both answers begin with, where they are given as messages. Raises: FaultError where they differ."""
+    heads = [one[:-1] if isinstance(one := value[key], list) else [] for key in ("chosen", "rejected")]
+    if heads[0] != heads[1]:
+        raise FaultError("pair", "chosen and rejected follow different prompts")
+    return heads[0]
+
+
+def _system(value: Mapping[str, Any]) -> tuple[Turn, ...]:
+    """Read a system text beside a prompt."""
+    text = value.get("system")
+    if text is not None and not isinstance(text, str):
+        raise FaultError("turn", f"system must be a text, got {text!r:.80}")
+    return (Turn("system", (text,)),) if text else ()
 
 
 def _pictures(value: Mapping[str, Any]) -> tuple[Picture, ...]:
@@ -148,26 +168,29 @@ def _pictures(value: Mapping[str, Any]) -> tuple[Picture, ...]:
     return listed
 
 
-def _turn(value: Any) -> Turn:
+def _turn(value: Any, *, has_pictures: bool) -> Turn:
     """Read a turn of LLaVA's form."""
     speaker = value.get("from") if isinstance(value, dict) else None
     if not isinstance(speaker, str) or speaker not in _SPEAKERS or not isinstance(value.get("value"), str):
         raise FaultError("turn", f'turns need "from" (human or gpt) and "value" (text), got {value!r:.80}')
     role, text = _SPEAKERS[speaker], value["value"]
-    return Turn(role, _cut(text) if role == "user" else (text,))
+    return Turn(role, _cut(text, has_pictures=has_pictures) if role == "user" else (text,))
 
 
-def _exchange(value: Any) -> tuple[Turn, Turn]:
+def _exchange(value: Any, has_pictures: bool) -> tuple[Turn, Turn]:
     """Read an exchange of the Cauldron's form."""
     if not isinstance(value, dict) or not isinstance(value.get("user"), str) or not isinstance(value.get("assistant"), str):
         raise FaultError("turn", f'texts need "user" and "assistant", got {value!r:.80}')
-    return Turn("user", _cut(value["user"])), Turn("assistant", (value["assistant"],))
+    return Turn("user", _cut(value["user"], has_pictures=has_pictures)), Turn("assistant", (value["assistant"],))
 
 
-def _cut(text: str) -> tuple[str | None, ...]:
-    """Cut a question at its marks. One picture comes first; of several, those in front lose their line breaks, which templates add."""
+def _cut(text: str, *, has_pictures: bool) -> tuple[str | None, ...]:
+    """Cut a question at its marks. One picture comes first; of several, those in front lose their line breaks, which templates add.
+
+    In a row without pictures a mark inside of a text is text, as in LLaVA; one at an end is a mark whose picture is missing.
+    """
     count = text.count(_MARKER)
-    if count == 0:
+    if count == 0 or (not has_pictures and not text.startswith(_MARKER) and not text.endswith(_MARKER)):
         return (text,)
     if count == 1:
         return (None, text.replace(_MARKER, "").strip())
@@ -186,7 +209,7 @@ def _of_messages(messages: Sequence[Any], pictures: tuple[Picture, ...], name: s
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in _ROLES:
             raise FaultError("turn", f"messages need a role (user, assistant or system) and content, got {message!r:.80}")
-        parts, found = _content(message.get("content"), is_question=role == "user")
+        parts, found = _content(message.get("content"), is_question=role == "user", has_pictures=bool(pictures))
         turns.append(Turn(_ROLES[role], parts))
         wanted += found
     if all(picture is None for picture in wanted):
@@ -200,10 +223,10 @@ def _of_messages(messages: Sequence[Any], pictures: tuple[Picture, ...], name: s
     return Row(tuple(turns), tuple(wanted), name)
 
 
-def _content(content: Any, *, is_question: bool) -> tuple[tuple[str | None, ...], list[Any]]:
+def _content(content: Any, *, is_question: bool, has_pictures: bool = False) -> tuple[tuple[str | None, ...], list[Any]]:
     """Read a message's content: its parts, and of each picture its name, its number among the row's, or None."""
     if isinstance(content, str):
-        parts = _cut(content) if is_question else (content,)
+        parts = _cut(content, has_pictures=has_pictures) if is_question else (content,)
         return parts, [None] * parts.count(None)
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise FaultError("turn", f"content must be a text or a list of parts, got {content!r:.80}")
@@ -221,6 +244,10 @@ def _content(content: Any, *, is_question: bool) -> tuple[tuple[str | None, ...]
     if pictures and not is_question:
         raise FaultError("turn", "pictures belong to the user's messages")
     return tuple(parts_so_far) or ("",), pictures
+
+
+def _with_marks(turns: Sequence[Turn], pictures: tuple[Picture, ...], name: str | int | None) -> Row:
+    return Row(_marked(turns, pictures), pictures, name)
 
 
 def _marked(turns: Sequence[Turn], pictures: Sequence[Picture]) -> tuple[Turn, ...]:

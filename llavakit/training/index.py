@@ -14,7 +14,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from llavakit.storage.folder import atomic_folder, manifest_problems
 from llavakit.storage.tensors import TensorFolder, write_tensors
 from llavakit.training.checks import Fault, Measures, duplicate_ids
 
-__all__ = ["Measurable", "SampleIndex", "build_index", "index_key"]
+__all__ = ["Measurable", "SampleIndex", "build_index", "index_key", "load_index"]
 
 _LOG = logger("training")
 _CHUNK_ROWS = 2048
@@ -71,16 +71,31 @@ def index_key(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def build_index(source: Measurable, folder: Path, *, key: str, workers: int = 1) -> SampleIndex:
-    """Return the index of a source from folder, where it is made first if it is not there or its key is another."""
+def build_index(source: Measurable, folder: Path, *, key: str, workers: int = 1, volatile: Collection[str] = frozenset()) -> SampleIndex:
+    """Return the index of a source from folder, where it is made first if it is not there or its key is another.
+
+    Rows whose faults are of volatile kinds are measured again each time: what they are about may have been mended.
+    """
     if not _is_current(folder, key):
+        for old in folder.parent.glob(f".{folder.name}-*"):
+            if old.name != f".{folder.name}-{key[:16]}":
+                shutil.rmtree(old)
         parts = folder.with_name(f".{folder.name}-{key[:16]}")
         parts.mkdir(parents=True, exist_ok=True)
         _measure_all(source, parts, workers)
-        with atomic_folder(folder, overwrite=True) as new:
-            _join(parts, len(source), new, key)
+        _write(folder, key, *_joined(parts, len(source)))
         shutil.rmtree(parts)
-    return _load(folder)
+    elif volatile:
+        _measure_again(source, folder, key, volatile)
+    return load_index(folder)
+
+
+def load_index(folder: Path) -> SampleIndex:
+    """Read an index that is there."""
+    values = read_json(folder / _KEY_FILE)
+    with TensorFolder(folder) as tensors:
+        columns = {name: tensors.read(name) for name in _COLUMNS}
+    return SampleIndex(**columns, counts=values["counts"], num_fatal=values["num_fatal"])
 
 
 def _is_current(folder: Path, key: str) -> bool:
@@ -91,7 +106,7 @@ def _is_current(folder: Path, key: str) -> bool:
 
 def _measure_all(source: Measurable, parts: Path, workers: int) -> None:
     """Measure every chunk that is not there yet. Raises: TrainingError when a process was killed."""
-    chunks = [number for number in range(-(-len(source) // _CHUNK_ROWS)) if not (parts / f"{number}.json").is_file()]
+    chunks = [number for number in range(-(-len(source) // _CHUNK_ROWS)) if not _is_whole(parts / f"{number}.json")]
     if workers <= 1 or len(chunks) <= 1:
         _measure_chunks(source, parts, chunks, log_every_s=_LOG_EVERY_S)
         return
@@ -109,6 +124,15 @@ def _measure_all(source: Measurable, parts: Path, workers: int) -> None:
             process.join()
     if any(process.exitcode != 0 for process in processes):
         raise TrainingError("a process that measured rows failed or was killed (out of memory?); run the same command again to go on")
+
+
+def _is_whole(chunk: Path) -> bool:
+    """Tell whether a chunk is there; a power cut may leave an empty file."""
+    try:
+        json.loads(chunk.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _measure_there(source: Measurable, parts: Path, chunks: Sequence[int], tells: bool) -> None:
@@ -132,7 +156,7 @@ def _measure_chunk(source: Measurable, parts: Path, number: int) -> None:
     rows, ids, problems = [], [], []
     for index in range(first, min(first + _CHUNK_ROWS, len(source))):
         measured = source.measure(index)
-        rows.append([measured.num_tokens if measured.is_usable else 0, measured.num_supervised, measured.num_tiles])
+        rows.append(_numbers(measured))
         ids.append(measured.id)
         problems += [[index, problem.kind, problem.message, problem.is_fatal] for problem in measured.problems]
     unfinished = parts / f"{number}.part"
@@ -140,31 +164,56 @@ def _measure_chunk(source: Measurable, parts: Path, number: int) -> None:
     unfinished.replace(parts / f"{number}.json")
 
 
-def _join(parts: Path, num_rows: int, folder: Path, key: str) -> None:
-    """Write the chunks as one index."""
+_Lines = list[tuple[int, Fault]]
+
+
+def _joined(parts: Path, num_rows: int) -> tuple[list[list[int]], _Lines]:
+    """Read the chunks: a row of numbers for each row, and all faults."""
     rows: list[list[int]] = []
     ids: list[str | int | None] = []
-    problems: list[tuple[int, Fault]] = []
+    problems: _Lines = []
     for number in range(-(-num_rows // _CHUNK_ROWS)):
         chunk = json.loads((parts / f"{number}.json").read_text("utf-8"))
         rows += chunk["rows"]
         ids += chunk["ids"]
         problems += [(index, Fault(*fault)) for index, *fault in chunk["problems"]]
-    problems = sorted([*problems, *duplicate_ids(ids).items()], key=lambda found: found[0])
-    with (folder / _PROBLEMS_FILE).open("w", encoding="utf-8") as file:
-        for index, fault in problems:
-            line = {"row": index, "kind": fault.kind, "message": fault.message, "is_fatal": fault.is_fatal}
-            file.write(json.dumps(line) + "\n")
+    return rows, sorted([*problems, *duplicate_ids(ids).items()], key=lambda found: found[0])
+
+
+def _measure_again(source: Measurable, folder: Path, key: str, volatile: Collection[str]) -> None:
+    """Measure the rows whose faults may be gone, and write the index anew where some are."""
+    told = [json.loads(line) for line in (folder / _PROBLEMS_FILE).read_text("utf-8").splitlines()]
+    problems: _Lines = [(line["row"], Fault(line["kind"], line["message"], line["is_fatal"])) for line in told]
+    doubtful = sorted({row for row, fault in problems if fault.kind in volatile})
+    if not doubtful:
+        return
+    index = load_index(folder)
+    rows = torch.stack([index.num_tokens, index.num_supervised, index.num_tiles], dim=1).tolist()
+    kept = [(row, fault) for row, fault in problems if row not in set(doubtful) or fault.kind == "duplicate id"]
+    for row in doubtful:
+        measured = source.measure(row)
+        rows[row] = _numbers(measured)
+        kept += [(row, fault) for fault in measured.problems]
+    kept.sort(key=lambda found: found[0])
+    if sorted(map(repr, kept)) != sorted(map(repr, problems)):
+        _LOG.info("%d rows were measured again: their pictures may have been mended", len(doubtful))
+        _write(folder, key, rows, kept)
+
+
+def _numbers(measured: Measures) -> list[int]:
+    return [measured.num_tokens if measured.is_usable else 0, measured.num_supervised, measured.num_tiles]
+
+
+def _write(folder: Path, key: str, rows: list[list[int]], problems: _Lines) -> None:
+    """Write an index."""
     counts = Counter(kind for _, kind in {(index, fault.kind) for index, fault in problems})
     fatal = {index for index, fault in problems if fault.is_fatal}
     table = torch.tensor(rows, dtype=torch.int32).view(-1, len(_COLUMNS))
     columns = {name: table[:, place].contiguous() for place, name in enumerate(_COLUMNS)}
-    write_tensors(folder, {name: (torch.int32, (len(rows),)) for name in columns}, iter(columns.items()), max_shard_bytes=_NO_SPLIT)
-    write_json(folder / _KEY_FILE, {"key": key, "counts": dict(sorted(counts.items())), "num_fatal": len(fatal)})
-
-
-def _load(folder: Path) -> SampleIndex:
-    values = read_json(folder / _KEY_FILE)
-    with TensorFolder(folder) as tensors:
-        columns = {name: tensors.read(name) for name in _COLUMNS}
-    return SampleIndex(**columns, counts=values["counts"], num_fatal=values["num_fatal"])
+    with atomic_folder(folder, overwrite=True) as new:
+        with (new / _PROBLEMS_FILE).open("w", encoding="utf-8") as file:
+            for index, fault in problems:
+                line = {"row": index, "kind": fault.kind, "message": fault.message, "is_fatal": fault.is_fatal}
+                file.write(json.dumps(line) + "\n")
+        write_tensors(new, {name: (torch.int32, (len(rows),)) for name in columns}, iter(columns.items()), max_shard_bytes=_NO_SPLIT)
+        write_json(new / _KEY_FILE, {"key": key, "counts": dict(sorted(counts.items())), "num_fatal": len(fatal)})

@@ -27,6 +27,7 @@ from llavakit.training.data import Drawn, Sample, SampleSource, draw_sample
 __all__ = ["BestFitSource", "PackedSource", "Packer", "Part", "best_fit", "pack"]
 
 _LOG = logger("training")
+_MOST_EMPTY = 8
 
 
 class Packer(Protocol):
@@ -63,9 +64,9 @@ def pack(samples: Sequence[Sample], *, multiple_of: int = 1) -> PackedBatch:
     seen = [sample.seen_NPD for sample in samples if sample.seen_NPD is not None]
     grids = tuple(grid for sample in samples for grid in sample.grids)
     return PackedBatch(
-        torch.tensor(ids),
-        torch.tensor(labels),
-        torch.tensor(positions),
+        torch.tensor(ids, dtype=torch.long),
+        torch.tensor(labels, dtype=torch.long),
+        torch.tensor(positions, dtype=torch.long),
         torch.tensor(bounds, dtype=torch.int32),
         torch.cat(tiles) if tiles else None,
         grids if grids else None,
@@ -146,17 +147,25 @@ class BestFitSource:
         epoch = 0
         while number >= (num_batches := self.num_batches(epoch)):
             number, epoch = number - num_batches, epoch + 1
-        samples: list[Any] = []
+        packs = self.packs(epoch)
         left_out: list[str] = []
-        for part, index in self.packs(epoch)[number]:
+        tries = min(_MOST_EMPTY, len(packs))
+        for place in range(number, number + tries):
+            samples = self._samples(packs[place % len(packs)], left_out)
+            if samples:  # of a batch none of which can be built the next one takes the place
+                packed = self._packer(samples, multiple_of=self.config.multiple_of)
+                return Drawn(packed, len(samples), sum(sample.num_tokens for sample in samples), tuple(left_out))
+        raise DataError(f"no sample of {tries} batches in a row can be built; the last: {left_out[-1]}")
+
+    def _samples(self, pack: Sequence[tuple[int, int]], left_out: list[str]) -> list[Any]:
+        """Build the samples of a pack, and say of which why they cannot be built."""
+        samples: list[Any] = []
+        for part, index in pack:
             try:
-                sample = draw_sample(self.parts[part].samples, index)
+                samples.append(draw_sample(self.parts[part].samples, index))
             except LlavaError as error:
                 left_out.append(f"{self.parts[part].name}: {error}")
-            else:
-                samples.append(sample)
-        packed = self._packer(samples, multiple_of=self.config.multiple_of)
-        return Drawn(packed, len(samples), sum(sample.num_tokens for sample in samples), tuple(left_out))
+        return samples
 
     def num_batches(self, epoch: int) -> int:
         """Count the batches of an epoch."""

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from llavakit.errors import LlavaError
+from llavakit.errors import InputError
 from llavakit.geometry import ImageGrid, num_tiles
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.segments import EncodedChat
@@ -22,7 +22,7 @@ from llavakit.training.pictures import Pictures, picture_bytes, picture_grids
 from llavakit.training.rows import Rows
 from llavakit.types import Conversation
 
-__all__ = ["RecordSource"]
+__all__ = ["RecordSource", "text_warnings"]
 
 _NO_BYTES = b""
 _MARKUP = ("</s>", "<s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>", "<<SYS>>", "###", "USER:", "ASSISTANT:", "<image>")
@@ -40,9 +40,13 @@ class RecordSource:
         max_sample_tokens: int | None = None,
         is_exact: bool = False,
     ) -> None:
-        """With is_exact ids and masks are those of LLaVA's own code. Raises: ConfigError where it has no such template."""
+        """With is_exact ids and masks are those of LLaVA's own code.
+
+        Raises: CheckpointError for a template that the tokenizer lacks tokens of, ConfigError where LLaVA has no such template.
+        """
         self._rows, self._pictures, self._processor = rows, pictures, processor
         self._most, self._is_exact = max_sample_tokens, is_exact
+        assert processor.markers is not None  # a template that does not fit the tokenizer is told now, not as a fault of every row
         if is_exact:
             check_exact(processor)
 
@@ -51,8 +55,8 @@ class RecordSource:
 
     @property
     def digest(self) -> str:
-        """Digest what the samples depend on, besides pictures and processor."""
-        return hashlib.sha256(f"{self._rows.digest} {self._most} {self._is_exact}".encode()).hexdigest()
+        """Digest what the samples depend on, besides the processor and the pictures' contents."""
+        return hashlib.sha256(f"{self._rows.digest} {self._pictures.digest} {self._most} {self._is_exact}".encode()).hexdigest()
 
     def sample(self, index: int) -> Sample:
         """Build the sample of a row. Raises: DataError, ImageError, PromptError."""
@@ -79,7 +83,7 @@ class RecordSource:
             problems += _warnings(row, begins_with_answer=begins_with_answer)
             grids = picture_grids(self._pictures, row.pictures, self._processor)
             encoded = self._encode(row, grids)
-        except LlavaError as error:
+        except InputError as error:
             return Measures(0, 0, 0, (*problems, fault_of(error, "form")), name)
         num_learned = sum(encoded.loss_mask[1:])
         if num_learned == 0:
@@ -106,6 +110,11 @@ def _warnings(row: Row, *, begins_with_answer: bool) -> Iterator[Fault]:
         yield Fault("opening answer", "it begins with an answer, which is left out", is_fatal=False)
     if row.turns[-1].role == "user":
         yield Fault("no last answer", "its last question has no answer", is_fatal=False)
+    yield from text_warnings(row)
+
+
+def text_warnings(row: Row) -> Iterator[Fault]:
+    """Say what is odd about a row's texts."""
     for turn in row.turns:
         if turn.role == "user" and turn.parts == ("",):
             yield Fault("empty question", "a question is empty", is_fatal=False)

@@ -11,18 +11,22 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from llavakit.errors import DataError
+from llavakit.logs import logger
 from llavakit.storage.json_rows import JsonRows
 from llavakit.storage.tar import TarFiles, TarMember, is_archive
 from llavakit.training.checks import FaultError
 
 __all__ = ["Rows", "open_rows"]
 
+_LOG = logger("training")
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_NAMED = ("image", "images", "image_path")
+_TALKS = frozenset(("conversations", "messages", "texts", "text", "chosen"))
+_NUMBER = re.compile(r"\d{0,9}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -57,14 +61,19 @@ def open_rows(name: str | Path, *, subset: str | None = None, split: str = "trai
 
 
 class _TarRows:
-    """Web datasets: files of one name up to the first dot are a row: its pictures, and .json or .txt, which is a caption."""
+    """Web datasets: files of a shard with one name up to the first dot are a row: its pictures, and .json, or .txt, which is a caption."""
 
     def __init__(self, pattern: str) -> None:
         self._files = TarFiles(pattern)
-        grouped = groupby(self._files.members, key=lambda member: (member.shard, _key(member)))
-        self._rows = [row for _, members in grouped if (row := _members_of_row(list(members)))]
+        groups: dict[tuple[int, str], list[TarMember]] = {}
+        for member in self._files.members:
+            if not PurePosixPath(member.name).name.startswith("."):  # what systems add beside files
+                groups.setdefault((member.shard, _key(member)), []).append(member)
+        self._rows = [members for members in groups.values() if {"json", "txt"} & {_kind(member) for member in members}]
         if not self._rows:
-            raise DataError(f"{pattern} holds no rows: files like 7.jpg and 7.json, or 7.txt, next to each other")
+            raise DataError(f"{pattern} holds no rows: files like 7.jpg and 7.json, or 7.txt")
+        if num_others := len(groups) - len(self._rows):
+            _LOG.warning("%s: %d groups of files have neither .json nor .txt and are no rows", pattern, num_others)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -74,36 +83,46 @@ class _TarRows:
         return hashlib.sha256(json.dumps(self._files.identity()).encode()).hexdigest()
 
     def row(self, index: int) -> Any:
-        words: dict[str, str] = {}
-        pictures: list[bytes] = []
-        for member in self._rows[index]:
-            data = self._files.read(member)
-            if (suffix := PurePosixPath(member.name).suffix.lower()) in _PICTURES:
-                pictures.append(data)
-            else:
-                words[suffix] = data.decode("utf-8", errors="replace")
+        by_kind = {_kind(member): member for member in self._rows[index]}
+        value = self._table(by_kind["json"]) if "json" in by_kind else None
+        pictures = [self._files.read(member) for member in _pictures(self._rows[index], value)]
+        if "txt" in by_kind and not (isinstance(value, dict) and _TALKS & value.keys()):
+            if not pictures:
+                raise FaultError("missing picture", "a caption has no picture beside it")
+            caption = self._files.read(by_kind["txt"]).decode("utf-8", errors="replace").strip()
+            turns = [{"from": "human", "value": "<image>" * len(pictures)}, {"from": "gpt", "value": caption}]
+            return {"id": _key(self._rows[index][0]), "image": pictures, "conversations": turns}
+        if not pictures or not isinstance(value, dict):
+            return value
+        return {**{key: part for key, part in value.items() if key not in _NAMED}, "image": pictures}
+
+    def _table(self, member: TarMember) -> Any:
         try:
-            value = json.loads(words[".json"]) if ".json" in words else None
+            return json.loads(self._files.read(member).decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise FaultError("form", f"its .json is no JSON: {error}") from error
-        if isinstance(value, dict) and ({"conversations", "messages", "chosen"} & value.keys()):
-            return {**value, "image": pictures} if pictures else value
-        if ".txt" not in words:
-            raise FaultError("form", "it has neither a .json with conversations or messages, nor a caption in .txt")
-        turns = [{"from": "human", "value": "<image>" * len(pictures)}, {"from": "gpt", "value": words[".txt"].strip()}]
-        return {"id": _key(self._rows[index][0]), "image": pictures, "conversations": turns}
 
 
 def _key(member: TarMember) -> str:
     path = PurePosixPath(member.name)
-    return str(path.with_name(path.name.split(".", 1)[0])) if path.name.split(".", 1)[0] else member.name
+    return str(path.with_name(path.name.split(".", 1)[0]))
 
 
-def _members_of_row(members: Sequence[TarMember]) -> tuple[TarMember, ...]:
-    """Keep what belongs to a row; nothing where there are no words."""
-    suffixes = [PurePosixPath(member.name).suffix.lower() for member in members]
-    known = [member for member, suffix in zip(members, suffixes, strict=True) if suffix in (".json", ".txt", *_PICTURES)]
-    return tuple(known) if {".json", ".txt"} & set(suffixes) else ()
+def _kind(member: TarMember) -> str:
+    """Return what follows the first dot of a file's name."""
+    return PurePosixPath(member.name).name.partition(".")[2].lower()
+
+
+def _pictures(members: Sequence[TarMember], value: Any) -> list[TarMember]:
+    """Choose a row's pictures: those that it names, in its order, or else those without a name of their own, numbers in order."""
+    found = [member for member in members if PurePosixPath(member.name).suffix.lower() in _PICTURES]
+    by_name = {PurePosixPath(member.name).name: member for member in found}
+    named = next((value[key] for key in _NAMED if value.get(key) is not None), None) if isinstance(value, dict) else None
+    names = [PurePosixPath(name).name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
+    if names and all(name in by_name for name in names):
+        return [by_name[name] for name in names]
+    plain = [member for member in found if _NUMBER.fullmatch(_kind(member).rpartition(".")[0])]
+    return sorted(plain, key=lambda member: int(_kind(member).rpartition(".")[0] or -1))
 
 
 class _DatasetRows:
@@ -135,11 +154,13 @@ def _open_dataset(name: str, subset: str | None, split: str) -> Any:
     try:
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             found = datasets.load_from_disk(name)
+            if not isinstance(found, Mapping) and found.split is not None and str(found.split) != split:
+                raise ValueError(f"it is the split {found.split}")
             return found[split] if isinstance(found, Mapping) else found
         if path.suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=name, split=split)
         return datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"cannot open {name} as a data set (subset {subset}, split {split}): {error}") from error
 
 

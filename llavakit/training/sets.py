@@ -15,8 +15,9 @@ from llavakit.errors import ConfigError, DataError
 from llavakit.logs import logger
 from llavakit.processing.processor import LlavaProcessor
 from llavakit.processing.text import TextProcessor
+from llavakit.training.checks import PICTURE_FAULTS
 from llavakit.training.config import SourceConfig, TrainConfig
-from llavakit.training.index import SampleIndex, build_index, index_key
+from llavakit.training.index import SampleIndex, build_index, index_key, load_index
 from llavakit.training.packing import BestFitSource, Part, pack
 from llavakit.training.pairs import PairSource
 from llavakit.training.parallel import Parallel
@@ -64,12 +65,12 @@ def open_sets(config: TrainConfig, processor: Processor, folder: Path, parallel:
             masks=config.data.masks,
             corruption=None if config.preference is None else config.preference.spoils,
         )
-        key = index_key({"rows": samples.digest, "images": source.images, "processor": _digest(processor)})
+        key = index_key({"rows": samples.digest, "processor": _digest(processor)})
         own = folder / str(place)
         if parallel.rank == 0:
-            build_index(samples, own, key=key, workers=max(1, config.workers))
+            build_index(samples, own, key=key, workers=max(1, config.workers), volatile=PICTURE_FAULTS)
         parallel.wait()
-        index = build_index(samples, own, key=key)
+        index = load_index(own)
         _check_share(source.rows, index, own, config.data.max_bad_share, is_first=parallel.rank == 0)
         sets.append(RowSet(source, samples, index))
     return sets

@@ -83,6 +83,21 @@ def test_samples_are_what_was_measured() -> None:
     assert plain.sample(0).ids != sample.ids
 
 
+@pytest.mark.parametrize("template", ["v0", "v1", "llama_2", "chatml_direct"])
+def test_texts_that_spell_a_picture_are_a_fault_or_text(template: str) -> None:
+    turns = [{"from": "human", "value": "How do I show a picture?"}, {"from": "gpt", "value": "Write <image> in the prompt."}]
+    for row in ({"conversations": turns}, {"image": "a", "conversations": [{**turns[0], "value": "<image>\nHow?"}, turns[1]]}):
+        own = processor(template, True)
+        with pytest.raises(DataError, match=r"data\.masks=answers"):
+            exact_chat(own, row_of(row)[0], [own.tile_grid] * ("image" in row))
+
+
+def test_turns_out_of_order_are_a_fault() -> None:
+    turns = [{"from": speaker, "value": "x"} for speaker in ("human", "human", "gpt")]
+    with pytest.raises(DataError, match="take turns"):
+        exact_chat(processor("v0", True), row_of({"conversations": turns})[0], [])
+
+
 @pytest.mark.parametrize(
     "value",
     [

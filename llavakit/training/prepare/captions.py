@@ -5,7 +5,6 @@ Owns: coco_rows, captioned_rows. Each picture becomes one row: a request for a s
 
 from __future__ import annotations
 
-import csv
 import random
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 from llavakit.errors import DataError
 from llavakit.training.prepare.concepts import Concepts, balanced
-from llavakit.training.prepare.published import LeftOut, Row, listed, read_published, talk
+from llavakit.training.prepare.published import LeftOut, Row, listed, read_published, row_or_none, talk
 from llavakit.training.rows import open_rows
 
 __all__ = ["captioned_rows", "coco_rows"]
@@ -60,18 +59,18 @@ def captioned_rows(file: Path, concepts: Concepts | None, *, seed: int = 0) -> I
 
 def _table(file: Path) -> Iterator[tuple[str, str]]:
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            for number, line in enumerate(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)):
-                caption, place = (*line, "", "")[:2]
+        with file.open(encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(filter(str.strip, lines)):
+                caption, place = (*line.rstrip("\r\n").split("\t"), "", "")[:2]
                 yield (f"GCC_train_{number:09d}.jpg" if "://" in place else place.strip()), caption.strip()
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {file}: {error}") from error
 
 
 def _table_of_rows(file: Path) -> Iterator[tuple[str, str]]:
     rows = open_rows(file)
     for number in range(len(rows)):
-        row = rows.row(number)
+        row = row_or_none(rows, number)
         values = row if isinstance(row, dict) else {}
         image = values.get("image")
         caption = next((text for key in _CAPTIONS if isinstance(text := values.get(key), str)), _answer(values))

@@ -21,7 +21,7 @@ Counting = Callable[[list[dict[str, str]]], int]
 """Tokens of a conversation."""
 
 PARTS: Mapping[str, tuple[str, ...]] = {
-    "instruct": ("llava_instruct_158k.json",),
+    "instruct": ("llava_instruct_150k.json",),
     "sharegpt": ("sharegpt.json",),
     "vqav2": ("vqav2/v2_OpenEnded_mscoco_train2014_questions.json", "vqav2/v2_mscoco_train2014_annotations.json"),
     "gqa": ("gqa/train_balanced_questions.json",),

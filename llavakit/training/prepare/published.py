@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.errors import DataError
+from llavakit.training.rows import Rows
 
-__all__ = ["LeftOut", "Written", "coco_picture", "listed", "read_published", "talk", "write_rows"]
+__all__ = ["LeftOut", "Row", "Written", "coco_picture", "listed", "read_published", "row_or_none", "talk", "write_rows"]
 
 Row = dict[str, Any]
 
@@ -57,6 +58,14 @@ def listed(table: Any, key: str, path: Path) -> list[Any]:
     return value
 
 
+def row_or_none(rows: Rows, number: int) -> Any:
+    """Read a row; None where it is no JSON."""
+    try:
+        return rows.row(number)
+    except DataError:
+        return None
+
+
 def talk(name: str, image: str | None, exchanges: Sequence[tuple[str, str]]) -> Row:
     """Build a row of questions and answers about one picture, or about none; the mark stands before the first question."""
     turns = [{"from": speaker, "value": text} for exchange in exchanges for speaker, text in zip(("human", "gpt"), exchange, strict=True)]
@@ -76,6 +85,8 @@ def write_rows(rows: Iterable[Row | LeftOut], output: Path, images: Path | None 
 
     Raises: DataError where nothing is left, the set is not as it was published, or the file cannot be written.
     """
+    if output.suffix not in (".json", ".jsonl"):
+        raise DataError(f"rows are written as .json or .jsonl, got {output}")
     written, unfinished = Written(), output.with_name(f".{output.name}.part")
     is_lines = output.suffix == ".jsonl"
     try:

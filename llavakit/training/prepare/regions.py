@@ -35,7 +35,8 @@ def refcoco_rows(name: str, references: Path, instances: Path, *, seed: int) -> 
             yield LeftOut(f"of {name} without a box")
             continue
         box = _square(boxes[reference["ann_id"]], sizes[reference["image_id"]])
-        regions[reference["image_id"]] += [(sentence["sent"], box) for sentence in reference["sentences"]]
+        phrases = [_phrase(sentence["sent"]) for sentence in reference["sentences"]]
+        regions[reference["image_id"]] += [(phrase, box) for phrase in phrases if phrase]
     for number, found in regions.items():
         for part, first in enumerate(range(0, len(found), _MOST_TURNS)):
             rng = random.Random(f"{seed}/{name}/{number}/{part}")
@@ -46,14 +47,14 @@ def genome_rows(descriptions: Path, pictures: Path, *, seed: int) -> Iterator[Ro
     """Read region_descriptions.json and image_data.json; at most ten regions of a picture, drawn."""
     facts = {image["image_id"]: image for image in read_published(pictures, list)}
     for picture in read_published(descriptions, list):
-        number, regions = picture["id"], [region for region in picture["regions"] if region["phrase"].strip()]
+        number, regions = picture["id"], [region for region in picture["regions"] if _phrase(region["phrase"])]
         if number not in facts or not regions:
             yield LeftOut("of vg without a size or a region")
             continue
         rng, size = random.Random(f"{seed}/vg/{number}"), (facts[number]["width"], facts[number]["height"])
         drawn = rng.sample(regions, min(_MOST_REGIONS, len(regions)))
         found = [
-            (region["phrase"].strip(), _square((region["x"], region["y"], region["width"], region["height"]), size)) for region in drawn
+            (_phrase(region["phrase"]), _square((region["x"], region["y"], region["width"], region["height"]), size)) for region in drawn
         ]
         folder = PurePosixPath(facts[number]["url"]).parent.name  # VG_100K or VG_100K_2
         yield talk(f"vg-{number}", f"vg/{folder}/{number}.jpg", _exchanges(found, rng))
@@ -62,10 +63,13 @@ def genome_rows(descriptions: Path, pictures: Path, *, seed: int) -> Iterator[Ro
 def _exchanges(regions: Sequence[tuple[str, Box]], rng: random.Random) -> list[tuple[str, str]]:
     exchanges = []
     for phrase, box in regions:
-        phrase = phrase.rstrip(".")
         is_described = rng.random() < 0.5
         exchanges.append((_DESCRIBE.format(list(box)), phrase) if is_described else (_FIND.format(phrase), str(list(box))))
     return exchanges
+
+
+def _phrase(text: str) -> str:
+    return text.strip().rstrip(".").strip()
 
 
 def _square(box: Sequence[float], size: tuple[int, int]) -> Box:

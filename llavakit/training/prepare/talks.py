@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llavakit.training.prepare.published import LeftOut, Row, coco_picture
+from llavakit.errors import InputError
+from llavakit.training.prepare.published import LeftOut, Row, coco_picture, row_or_none
 from llavakit.training.rows import open_rows
 
 __all__ = ["instruct_rows", "sharegpt_rows"]
@@ -18,11 +19,14 @@ __all__ = ["instruct_rows", "sharegpt_rows"]
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "chatgpt": "gpt", "bard": "gpt", "bing": "gpt"}
 
 
-def instruct_rows(file: Path) -> Iterator[Row]:
-    """Read llava_instruct_158k.json, whose pictures are COCO's by name alone."""
+def instruct_rows(file: Path) -> Iterator[Row | LeftOut]:
+    """Read llava_instruct_150k.json (158K rows), whose pictures are COCO's by name alone."""
     rows = open_rows(file)
     for number in range(len(rows)):
-        row = rows.row(number)
+        row = row_or_none(rows, number)
+        if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+            yield LeftOut("of instruct without a picture's name")
+            continue
         yield {**row, "id": f"instruct-{number}", "image": coco_picture(Path(row["image"]).stem.removeprefix("COCO_train2014_"))}
 
 
@@ -33,12 +37,16 @@ def sharegpt_rows(file: Path, num_tokens: Callable[[list[dict[str, str]]], int],
     """
     rows = open_rows(file)
     for number in range(len(rows)):
-        turns = _turns(rows.row(number))
+        turns = _turns(row_or_none(rows, number))
         if not turns:
             yield LeftOut("of sharegpt that are no exchanges")
             continue
         # How many exchanges fit: more of them never take fewer tokens.
-        count = bisect.bisect_right(range(1, len(turns) // 2 + 1), most, key=lambda count: num_tokens(turns[: 2 * count]))
+        try:
+            count = bisect.bisect_right(range(1, len(turns) // 2 + 1), most, key=lambda count: num_tokens(turns[: 2 * count]))
+        except InputError:
+            yield LeftOut("of sharegpt that no template can hold")
+            continue
         kept = turns[: 2 * count]
         yield {"id": f"sharegpt-{number}", "conversations": kept} if kept else LeftOut(f"of sharegpt above {most} tokens")
 

@@ -59,6 +59,10 @@ def test_pairs_are_checked_as_pairs(rows: tuple[Path, Path], capsys: Any) -> Non
     assert "1  pair: it is no pair, its two answers are the same" in printed
 
 
+def test_a_document_and_shown_rows_exclude_each_other(rows: tuple[Path, Path]) -> None:
+    assert check(rows, "--json", "--show", "1") == 2
+
+
 def test_a_file_that_is_none_is_one_line(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "rows.json").write_text("{")
     assert run(["data", "check", str(tmp_path / "rows.json")]) == 4

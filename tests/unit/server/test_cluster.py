@@ -176,4 +176,4 @@ def test_numbers_of_replicas_are_checked() -> None:
     assert ClusterConfig(replicas=2).most_replicas == 2
     for wrong in ({"replicas": 0}, {"replicas": 3, "max_replicas": 2}, {"replica_cpus": 0.0}, {"replica_gpus": -1.0}):
         with pytest.raises(ConfigError):
-            ClusterConfig(**wrong)  # type: ignore[arg-type]
+            ClusterConfig(**wrong)

@@ -1,6 +1,7 @@
 """Files inside of archives: the bytes that were put there, and what is no whole archive."""
 
 import io
+import random
 import tarfile
 from pathlib import Path
 
@@ -27,6 +28,43 @@ def test_files_are_read_where_they_lie(tmp_path: Path, form: int) -> None:
     found = TarFiles(str(tmp_path / "*.tar"))
     assert [found.read(member) for member in found.members] == [*files.values(), b"3"]
     assert [member.name for member in found.members] == [*(name.removeprefix("./") for name in files), "c"]
+
+
+def test_a_hard_link_is_the_file_that_it_links_to(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(tmp_path / "a", "./a")
+        archive.add(tmp_path / "b", "./b")
+    found = TarFiles(str(tmp_path / "x.tar"))
+    assert [(member.name, found.read(member)) for member in found.members] == [("a", b"12345"), ("b", b"12345")]
+
+
+def test_a_damaged_archive_is_never_a_shorter_one(tmp_path: Path) -> None:
+    files = {f"{n}.txt": bytes([n]) * 700 for n in range(6)}
+    whole = write_tar(tmp_path / "whole.tar", files).read_bytes()
+    damages = [whole[:512], whole[: 3 * 1536], whole[: 3 * 1536 + 100], whole + whole, whole[:1536] + b"\0" * 1536 + whole[3072:]]
+    damages += [whole[: 1536 + 148] + b"777777" + whole[1536 + 154 :]]
+    for number, data in enumerate(damages):
+        (tmp_path / f"{number}.tar").write_bytes(data)
+        with pytest.raises(DataError):
+            TarFiles(str(tmp_path / f"{number}.tar"))
+    (tmp_path / "padded.tar").write_bytes(whole + b"\0" * 5000)
+    assert len(TarFiles(str(tmp_path / "padded.tar")).members) == 6
+
+
+def test_changed_headers_raise_our_error_or_are_read(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "whole.tar", {f"{n}.txt": b"x" for n in range(3)}).read_bytes()
+    rng = random.Random(0)
+    for _ in range(1500):
+        data = bytearray(whole)
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(3) * 1024 + rng.randrange(512)] = rng.randrange(256)
+        (tmp_path / "x.tar").write_bytes(data)
+        try:
+            TarFiles(str(tmp_path / "x.tar"))
+        except DataError:
+            continue
 
 
 def test_links_and_folders_are_no_files(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from llavakit.errors import TrainingError
 from llavakit.training import index as module
 from llavakit.training.checks import Fault, Measures
-from llavakit.training.index import build_index, index_key
+from llavakit.training.index import build_index, index_key, load_index
 
 
 class Lines:
@@ -79,6 +79,42 @@ def test_a_killed_build_goes_on_with_what_is_missing(tmp_path: Path) -> None:
     assert len(build_index(Lines(50, log=log), tmp_path / "index", key="a", workers=2)) == 50
     assert "0" in done
     assert log.read_text().split().count("0") == 1
+
+
+class Mended(Lines):
+    """Rows of which some get well."""
+
+    is_well = False
+
+    def measure(self, index: int) -> Measures:
+        found = super().measure(index)
+        lost = (Fault("missing picture", "gone", is_fatal=True),) if index in (3, 9) and not self.is_well else ()
+        return Measures(found.num_tokens, found.num_supervised, found.num_tiles, (*found.problems, *lost))
+
+
+def test_rows_whose_pictures_come_back_are_measured_again(tmp_path: Path) -> None:
+    log = tmp_path / "measured"
+    source, kinds = Mended(20, log=log), ("missing picture",)
+    first = build_index(source, tmp_path / "index", key="a", volatile=kinds)
+    assert first.counts["missing picture"] == 2
+    assert build_index(source, tmp_path / "index", key="a", volatile=kinds).num_fatal == first.num_fatal
+    source.is_well = True
+    again = build_index(source, tmp_path / "index", key="a", volatile=kinds)
+    assert again.num_tokens.tolist()[3] == 4
+    assert again.num_fatal == first.num_fatal - 2
+    assert "missing picture" not in again.counts
+    assert len(log.read_text().splitlines()) == 20 + 2 + 2
+    assert load_index(tmp_path / "index").counts == again.counts
+
+
+def test_an_empty_chunk_is_measured_again(tmp_path: Path) -> None:
+    key = "a" * 64
+    parts = tmp_path / f".index-{key[:16]}"
+    parts.mkdir()
+    (parts / "1.json").write_text("")
+    (tmp_path / ".index-oldkey").mkdir()
+    assert len(build_index(Lines(20), tmp_path / "index", key=key)) == 20
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
 def test_keys_tell_values_apart() -> None:

@@ -141,9 +141,14 @@ def test_a_sample_that_cannot_be_built_is_left_out_with_the_reason() -> None:
     assert (drawn.num_samples, drawn.num_tokens) == (2, 10)
     assert sorted(drawn.left_out) == [f"torn: sample {index}: the picture is torn" for index in (1, 3)]
     assert sorted(set(drawn.batch.ids_T.tolist())) == [0, 2, 4]
-    alone = BestFitSource([Part("torn", Torn([5] * 2), [0, 5])], DataConfig(tokens_per_batch=64, max_sample_tokens=32)).batch(0)
-    assert alone.num_samples == 0
-    assert int((alone.batch.labels_T != IGNORE).sum()) == 0
+    single = BestFitSource([Part("torn", Torn([30] * 4), [30] * 4)], DataConfig(tokens_per_batch=32, max_sample_tokens=32, multiple_of=1))
+    drawn_all = [single.batch(number) for number in range(4)]
+    assert [drawn.num_samples for drawn in drawn_all] == [1] * 4  # the next batch takes the place of one that cannot be built
+    assert sum(len(drawn.left_out) for drawn in drawn_all) >= 2
+    assert _equal(single.batch(2).batch, drawn_all[2].batch)
+    lost = BestFitSource([Part("torn", Torn([5] * 2), [0, 5])], DataConfig(tokens_per_batch=64, max_sample_tokens=32))
+    with pytest.raises(DataError, match="no sample of 1 batches in a row"):
+        lost.batch(0)
 
 
 def test_a_batch_depends_on_its_number_alone() -> None:

@@ -98,6 +98,34 @@ def test_what_is_no_pair_is_named(tmp_path: Path, row: Any, complaint: str) -> N
         found.sample(0)
 
 
+def test_turns_inside_of_answers_must_be_the_prompts(tmp_path: Path) -> None:
+    def said(*texts: str) -> list[dict[str, str]]:
+        return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+
+    good = [
+        {"prompt": "Q1", "chosen": said("Q1", "a"), "rejected": said("Q1", "b")},
+        {"prompt": said("Q1", "A1", "Q2"), "chosen": said("Q1", "A1", "Q2", "a"), "rejected": said("Q1", "A1", "Q2", "b")},
+        {"prompt": None, "question": "Q1", "chosen": "a", "rejected": "b"},
+        {"system": "Be short.", "question": "Q1", "chosen": "a", "rejected": "b"},
+    ]
+    found = source(tmp_path, good)
+    assert [found.measure(index).problems for index in range(4)] == [()] * 4
+    assert found.talk(3).messages[0].text == "Be short."
+    bad = [
+        {"prompt": "Q1", "chosen": said("Q1", "a1", "Q2", "a"), "rejected": said("Q1", "b1", "Q3", "b")},
+        {"prompt": "Q1", "chosen": said("Q2", "a"), "rejected": said("Q2", "b")},
+        {"prompt": "Q1", "chosen": said("Q1", "a1", "Q2", "a"), "rejected": said("Q1", "a1", "Q2", "b")},
+        {"prompt": "Q1", "system": 3, "chosen": "a", "rejected": "b"},
+    ]
+    lost = source(tmp_path, bad)
+    assert [[fault.kind for fault in lost.measure(index).problems] for index in range(4)] == [["pair"], ["pair"], ["pair"], ["turn"]]
+
+
+def test_odd_texts_of_pairs_are_told(tmp_path: Path) -> None:
+    found = source(tmp_path, [{"id": "x", "question": "what is </s>?", "chosen": GOOD, "rejected": BAD}]).measure(0)
+    assert ([fault.kind for fault in found.problems], found.id, found.is_usable) == (["markup in text"], "x", True)
+
+
 def test_a_picture_without_a_mark_comes_in_the_first_question(tmp_path: Path) -> None:
     turns = [{"from": "system", "value": "Be short."}, TURN]
     found = source(tmp_path, [{"image": "a.png", "conversations": turns, "chosen": GOOD, "rejected": BAD}])

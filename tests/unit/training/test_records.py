@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llavakit.errors import DataError, ImageError, PromptError
+from llavakit.errors import CheckpointError, DataError, ImageError, PromptError
 from llavakit.training.checks import FAULTS
 from llavakit.training.forms import row_of
 from llavakit.training.pictures import PictureFolder, open_pictures
@@ -167,6 +167,52 @@ def test_of_typed_content_only_the_pictures_are_pictures(tmp_path: Path) -> None
     assert unmarked.turns[0].parts == (None, "What?")
     spelled_there = source(tmp_path, {"messages": [{"role": "user", "content": [text]}, answer]}).measure(0)
     assert [problem.kind for problem in spelled_there.problems] == ["markup in text"]
+
+
+def test_a_mark_without_a_picture_is_text_inside_and_a_fault_at_an_end() -> None:
+    assert spelled({"conversations": [turn("human", "What does <image> mean?"), turn("gpt", "A picture.")]})[0][1] == (
+        "What does <image> mean?",
+    )
+    for text in ("<image>\nWhat?", "What?\n<image>"):
+        with pytest.raises(DataError, match="1 <image> marks but 0 pictures"):
+            spelled({"conversations": [turn("human", text), turn("gpt", "A")]})
+
+
+def test_links_inside_of_the_folder_may_lead_out(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "a.png").write_bytes(png())
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "coco").symlink_to(tmp_path / "disk")
+    folder = PictureFolder(tmp_path / "pictures")
+    assert (
+        folder.read("coco/a.png")
+        == folder.read("coco/../coco/a.png")
+        == folder.read(str(tmp_path / "pictures" / "coco" / "a.png"))
+        == png()
+    )
+    for name in ("../disk/a.png", str(tmp_path / "disk" / "a.png"), "coco", ""):
+        with pytest.raises(DataError):
+            folder.read(name)
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ImageError, match="bytes, at most"):
+        PictureFolder(tmp_path).read("huge.png")
+
+
+def test_pixels_of_all_pictures_are_counted_before_training(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("1", (4000, 3000)).save(tmp_path / "pictures" / "large.png")
+    row = {"image": ["large.png"] * 3, "conversations": [turn("human", "<image><image><image>"), turn("gpt", "A")]}
+    measured = source(tmp_path, row).measure(0)
+    assert [fault.kind for fault in measured.problems] == ["picture"]
+
+
+def test_a_template_that_the_tokenizer_lacks_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="lacks"):
+        RecordSource(Held({}), PictureFolder(tmp_path), tiny_processor("qwen"))
 
 
 def test_exchanges_of_the_cauldron_are_turns() -> None:

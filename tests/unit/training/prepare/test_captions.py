@@ -56,9 +56,9 @@ def test_noun_phrases_are_those_of_spacy(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_table_of_cc3m_names_its_pictures_by_line(tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").write_text('a "dog\thttps://x/y.jpg\n\thttps://x/z.jpg\na cat\tcat.jpg\n', encoding="utf-8")
+    (tmp_path / "a.tsv").write_bytes(b'a "dog\thttps://x/y.jpg\n\thttps://x/z.jpg\r\n\na\rcat\tcat.jpg\nan owl\thttps://x/o.jpg\n')
     rows = list(captioned_rows(tmp_path / "a.tsv", None))
-    assert captions_of(rows) == [("GCC_train_000000000.jpg", 'a "dog'), ("cat.jpg", "a cat")]
+    assert captions_of(rows) == [("GCC_train_000000000.jpg", 'a "dog'), ("cat.jpg", "a\rcat"), ("GCC_train_000000003.jpg", "an owl")]
     assert [row for row in rows if isinstance(row, LeftOut)] == [LeftOut("without a caption or a picture's name")]
 
 
