@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+CHROMIUM := { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install --yes chromium; } >/dev/null
+
 .PHONY: setup demo test soak lint bench
 
 setup: $(VENV)/dev
@@ -14,6 +16,7 @@ $(VENV)/run: pyproject.toml constraints.txt
 
 $(VENV)/dev: $(VENV)/run
 	$(INSTALL) --editable '.[dev]'
+	command -v chromium >/dev/null || $(CHROMIUM) || echo "there is no Chromium: the tests of the page will be skipped"
 	touch $@
 
 demo: $(VENV)/run
@@ -27,6 +30,7 @@ test: lint
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 
 soak: $(VENV)/dev
+	$(INSTALL) --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -m soak
 
 bench: $(VENV)/dev

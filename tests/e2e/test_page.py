@@ -15,112 +15,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Locator, Request, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Route, expect, sync_playwright
+
+from tests.browsing import SCENE, SLOW, WATCH, Tab
 
 ROOT = Path(__file__).parents[2]
 FILES = ("index.html", "page.css", "page.js", "chat.js", "icon.svg")
 CHROMIUM = "/usr/bin/chromium" if Path("/usr/bin/chromium").exists() else shutil.which("chromium")
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic", "--no-first-run")
-SCENE = ROOT / "examples" / "scene.png"
 COUNT, CROSS = "How many things are there?", "Is there a red cross?"
 CHAT, MODELS = "**/v1/chat/completions", "**/v1/models"
 MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script>"
-WATCH = "addEventListener('securitypolicyviolation', (event) => console.error(`policy: ${event.violatedDirective} ${event.blockedURI}`))"
-# The server's own answers, handed to the page some bytes at a time.
-SLOW = """
-const real = fetch;
-window.fetch = async (...asked) => {
-  const response = await real(...asked);
-  if (!asked[0].endsWith("chat/completions") || !response.ok) return response;
-  const slow = new TransformStream({
-    async transform(bytes, out) {
-      for (let at = 0; at < bytes.length; at += 150) {
-        out.enqueue(bytes.slice(at, at + 150));
-        await new Promise((resolve) => setTimeout(resolve, 10));
-      }
-    },
-  });
-  return new Response(response.body.pipeThrough(slow), response);
-};
-"""
-
-
-@dataclass
-class Tab:
-    """A page under watch."""
-
-    context: BrowserContext
-    address: str
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    """What was asked of the model."""
-    complaints: list[str] = field(default_factory=list)
-    may_fail: bool = False
-    """Whether requests may fail, of which Chromium complains too."""
-
-    def __post_init__(self) -> None:
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
-        self.page.on("console", self._heard)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", self._dialog)
-        self.page.on("request", self._requested)
-        self.box = self.page.get_by_role("textbox", name="Question")
-        self.tray = self.page.get_by_role("list", name="Pictures to send").get_by_role("listitem")
-        self.turns = self.page.locator("article")
-        self.last = self.turns.last
-        self.problem, self.facts = self.last.locator(".problem"), self.last.locator(".facts")
-        self.status, self.alert = self.page.get_by_role("status"), self.page.get_by_role("alert")
-        self.page.goto(self.address)
-        expect(self.page.locator("#model option")).not_to_have_count(0)
-
-    def button(self, name: str) -> Locator:
-        return self.page.get_by_role("button", name=name, exact=True)
-
-    def attach(self, path: Path = SCENE) -> None:
-        self.page.set_input_files("#files", path)
-        expect(self.tray.last).to_contain_text("tokens")
-
-    def say(self, question: str) -> None:
-        self.box.fill(question)
-        self.box.press("Enter")
-
-    def ask(self, question: str, state: str = "done") -> str:
-        self.say(question)
-        return self.answer(state)
-
-    def answer(self, state: str = "done") -> str:
-        """Wait until the last answer has ended so."""
-        expect(self.last).to_have_attribute("data-state", state)
-        return self.last.locator(".answer").inner_text()
-
-    def greedy(self) -> None:
-        self.button("Settings").click()
-        self.page.get_by_label("Temperature").fill("0")
-        self.page.keyboard.press("Escape")
-
-    def is_sideways(self) -> bool:
-        """Tell whether anything is wider than the window."""
-        return bool(self.page.evaluate("document.documentElement.scrollWidth > innerWidth || log.scrollWidth > log.clientWidth"))
-
-    def _heard(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning") and not (self.may_fail and message.text.startswith("Failed to load resource")):
-            self.complaints.append(message.text)
-
-    def _dialog(self, dialog: Dialog) -> None:
-        self.complaints.append(f"a dialog: {dialog.message}")
-        dialog.dismiss()
-
-    def _requested(self, request: Request) -> None:
-        if not request.url.startswith((self.address, f"blob:{self.address}", "data:")):
-            self.complaints.append(f"a request to {request.url}")
-        if request.url.endswith("/v1/chat/completions"):
-            self.bodies.append(json.loads(request.post_data or ""))
 
 
 Opener = Callable[..., Tab]
@@ -313,6 +223,7 @@ def test_settings_are_sent(tab: Tab) -> None:
 # Pictures
 
 
+@pytest.mark.catalogue("F15", "F16")
 def test_pictures_are_pasted_dropped_scaled_and_removed(tab: Tab, tmp_path: Path) -> None:
     Image.radial_gradient("L").resize((3000, 1000)).save(tmp_path / "wide.png")
     tab.page.evaluate(
@@ -408,6 +319,7 @@ def test_a_server_that_is_gone_is_told(open_tab: Opener) -> None:
     tab.answer()
 
 
+@pytest.mark.catalogue("F17")
 def test_a_key_is_asked_for_and_used(open_tab: Opener) -> None:
     tab, given = open_tab(may_fail=True), list[str | None]()
 
@@ -438,6 +350,7 @@ def test_a_key_is_asked_for_and_used(open_tab: Opener) -> None:
     assert "right" not in tab.page.url + str(tab.page.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie])"))
 
 
+@pytest.mark.catalogue("F13", "F14")
 def test_markup_is_text(tab: Tab) -> None:
     told(tab, stream(MARKUP[:9], MARKUP[9:]))
     assert tab.ask(MARKUP) == MARKUP
@@ -543,6 +456,7 @@ def test_the_scheme_follows_the_system_until_it_is_chosen(open_tab: Opener) -> N
 # Pieces
 
 
+@pytest.mark.catalogue("F14")
 def test_events_may_be_split_anywhere(tab: Tab) -> None:
     events = (
         "\ufeffdata: {\"a\": \"Käse 🧀\"}\n\n: a comment\r\ndata:two\r\ndata:  lines\r\n\r\nevent: x\rid: 1\rdata: é\r\rretry: 1\n\n"
