@@ -27,9 +27,16 @@ def show_logs(level: int = logging.INFO, *, form: Literal["lines", "json"] = "li
     root = logging.getLogger(_ROOT)
     root.setLevel(level)
     if not root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Handler(sys.stderr)
         handler.setFormatter(_Json() if form == "json" else logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         root.addHandler(handler)
+
+
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes records, and goes on where they cannot be written: a full disk or a closed pipe ends no server."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Do nothing."""
 
 
 class _Json(logging.Formatter):

@@ -25,6 +25,8 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     yield "compose", [*entry, *document("compose.yaml")["services"]["llava"]["command"]]
     deployment = next(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()))
     yield "kubernetes", [*entry, *deployment["spec"]["template"]["spec"]["containers"][0]["args"]]
+    job = next(yaml.safe_load_all((FOLDER / "kuberay.yaml").read_text()))
+    yield "kuberay", shlex.split(job["spec"]["entrypoint"])[1:]
     unit = (FOLDER / "llavakit.service").read_text()
     yield "systemd", shlex.split(re.findall(r"^ExecStart=\S+/llava (.*)$", unit, re.MULTILINE)[0])
 
@@ -60,6 +62,17 @@ def test_the_cluster_files_belong_together() -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["spec"]["volumes"]}
     composed = document("compose.yaml")
     assert set(composed["services"]["llava"]["secrets"]) == composed["secrets"].keys()
+
+
+def test_the_ray_files_belong_together() -> None:
+    job, service = yaml.safe_load_all((FOLDER / "kuberay.yaml").read_text())
+    spec = job["spec"]["rayClusterSpec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    assert spec["headGroupSpec"]["template"]["metadata"]["labels"] == service["spec"]["selector"]
+    for group in groups:
+        pod = group["template"]["spec"]
+        assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert job["spec"]["entrypoint"].startswith("llava serve --cluster --ray-address auto")
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")

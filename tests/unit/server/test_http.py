@@ -251,6 +251,22 @@ def test_log_lines_are_json_without_control_characters(capfd: Any, monkeypatch: 
     assert "\x1b" not in line
 
 
+@pytest.mark.catalogue("E21")
+def test_logs_that_cannot_be_written_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setattr(logging.getLogger("llavakit"), "handlers", [])
+    show_logs(form="json")
+    handler: Any = logging.getLogger("llavakit").handlers[0]
+    with (tmp_path / "log").open("w") as closed:
+        pass
+    full = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115 - closing it fails, since it is full
+    for stream in (closed, full):
+        handler.stream = stream
+        logging.getLogger("llavakit.server").info("x")
+    with pytest.raises(OSError, match="No space"):
+        full.close()
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.catalogue("F19")
 def test_no_label_of_a_metric_comes_from_a_request(server: Running) -> None:
     for n in range(30):
