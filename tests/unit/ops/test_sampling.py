@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from llavakit.ops.sampling import logprobs_of, sample, token_probabilities
+from llavakit.ops.sampling import adjust, logprobs_of, sample, token_probabilities
 from llavakit.types import SamplingParams
 
 
@@ -48,3 +48,20 @@ def test_an_id_without_a_score_has_no_probability() -> None:
     assert found[0].logprob == -math.inf
     assert [(token, round(logprob, 4)) for token, logprob in found[0].top] == [(1, -0.3133)]
     assert found[1].logprob == pytest.approx(-0.1269, abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-38, 1e-7, 1e-5, 100.0])
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e-30, 1.0, 1e30, 1.7e308])
+@pytest.mark.parametrize("bias", [-1.7e308, 0.0, 1.7e308])
+def test_no_setting_leaves_infinities_to_draw_from(temperature: float, penalty: float, bias: float) -> None:
+    ids = [1, 2, 3]
+    for params in (
+        SamplingParams(temperature=temperature, repetition_penalty=penalty, logit_bias={4: bias, 5: bias}, min_tokens=9),
+        SamplingParams(temperature=temperature, repetition_penalty=penalty, top_k=5, top_p=0.5, min_p=0.1),
+    ):
+        scores = adjust(logits(0), params, ids, 2, {0})
+        shares = token_probabilities(scores, params)
+        assert shares.isfinite().all()
+        assert shares.sum().item() == pytest.approx(1.0)
+        likeliest = sample(scores, params, torch.Generator().manual_seed(0))
+        assert temperature > 1e-7 or scores[likeliest] == scores.max()
