@@ -130,7 +130,7 @@ def _print(config: TrainConfig) -> None:
 def _run(config: TrainConfig, run: Path) -> None:
     from dataclasses import replace
 
-    from llavakit.training.parallel import join_ranks
+    from llavakit.training.parallel import end_rank, join_ranks
     from llavakit.training.run import EXPORT, run_training
 
     if "LOCAL_RANK" in os.environ:  # torchrun started several of us
@@ -138,8 +138,10 @@ def _run(config: TrainConfig, run: Path) -> None:
         result, rank = run_training(replace(config, device=str(ranks.device)), run, parallel=ranks), ranks.rank
         ranks.leave()
     else:
-        result, rank = run_training(config, run), 0
+        ranks, (result, rank) = None, (run_training(config, run), 0)
     if rank == 0:
         sys.stdout.write(f"{run / EXPORT}\n")
     if result.num_skipped:
         sys.stderr.write(f"llava: {result.num_skipped} updates were skipped, since loss or gradient was not finite\n")
+    if ranks is not None:
+        end_rank()

@@ -7,9 +7,12 @@ the whole step is the only one; a frozen tower is not sharded, so that ranks may
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +26,7 @@ from llavakit.errors import ConfigError
 from llavakit.model.decoder import DecoderLayer
 from llavakit.model.llava import LlavaCore
 
-__all__ = ["Alone", "Parallel", "Ranks", "join_ranks", "whole"]
+__all__ = ["Alone", "Parallel", "Ranks", "end_rank", "join_ranks", "whole"]
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=1)
@@ -129,6 +132,18 @@ class Ranks:
         """Wait for all ranks and part from them; a process that just ends may be taken for a dead one."""
         self.wait()
         dist.destroy_process_group()
+
+
+def end_rank() -> NoReturn:
+    """End this process well, after leave(), without taking the interpreter down.
+
+    gloo's threads outlive its group, and one that meets the interpreter's end can abort the process: torchrun would call a run that is
+    whole and exported a failure, and start it again.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def join_ranks(environment: Mapping[str, str]) -> Ranks:

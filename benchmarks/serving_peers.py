@@ -1,0 +1,168 @@
+"""llava serve beside llama.cpp's llama-server and transformers serve: the same random Llama, the same questions, in one run.
+
+`python -m benchmarks.serving_peers --llama-server PATH` starts each server in turn (ours, theirs, ours, ...), lets 1, 8 and 64 clients ask
+at once, and writes benchmarks/results/serving_peers.json: tokens per second over all clients, and seconds to the first token. transformers
+serves with continuous batching and without; llama-server with as many slots as clients and a cache for all, in the weights' own dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import write_result
+from llavakit import LlamaForCausalLM
+from llavakit.checkpoint.convert import Conversion, convert
+from llavakit.engine.llm import MINIATURE
+from llavakit.model.config import LlamaConfig
+from llavakit.processing.tokenizer.slow import LlamaTokenizer
+
+NUM_CLIENTS = (1, 8, 64)
+NUM_TOKENS = 32
+CONTEXT = 512
+_START_S = 180.0
+JINJA = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' + message['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def main() -> None:
+    """Measure all servers that can be started."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--llama-server", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = model_folder(Path(place) / "model")
+        servers = commands(folder, options.llama_server)
+        rows: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name in servers}
+        for number in range(options.rounds):
+            for name in sorted(servers, reverse=number % 2 == 1):
+                for count, found in measured(servers[name], folder).items():
+                    rows[name].setdefault(str(count), []).append(found)
+                    print(number, name, count, found, file=sys.stderr)
+    shown = {
+        name: {count: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for count, runs in by_count.items()}
+        for name, by_count in rows.items()
+    }
+    facts = {"model": "Llama, 16 layers of width 1024, bfloat16", "tokens": NUM_TOKENS, "rounds": options.rounds, "servers": shown}
+    write_result("serving_peers", "python -m benchmarks.serving_peers --llama-server PATH", facts)
+
+
+def model_folder(folder: Path) -> Path:
+    """Save a random Llama with the miniature's words, and the same as GGUF beside it."""
+    tokenizer = LlamaTokenizer.from_pretrained(MINIATURE)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    for name, data in tokenizer.files().items():
+        (folder / name).write_bytes(data)
+    (folder / "chat_template.jinja").write_text(JINJA)
+    convert(folder, folder.parent / "model.gguf", Conversion(to="gguf", gguf_type="bf16"))
+    return folder
+
+
+def commands(folder: Path, llama_server: Path | None) -> Mapping[str, Callable[[int], list[str]]]:
+    """How each server is started on a port."""
+    scripts = Path(sys.executable).parent
+    slots = max(NUM_CLIENTS)
+    found: dict[str, Callable[[int], list[str]]] = {
+        "llava serve": lambda port: [
+            *(str(scripts / "llava"), "serve", "--model", str(folder), "--name", str(folder), "--port", str(port)),
+            *("--max-batch", str(slots), "--dtype", "bfloat16"),
+        ],
+        "transformers serve": lambda port: [str(scripts / "transformers"), "serve", "--port", str(port), "--host", "127.0.0.1"],
+        "transformers serve, continuous batching": lambda port: [
+            *(str(scripts / "transformers"), "serve", "--port", str(port), "--host", "127.0.0.1", "--continuous-batching"),
+        ],
+    }
+    if llama_server is not None:
+        gguf = str(next((folder.parent / "model.gguf").glob("*.gguf")))
+        found["llama-server"] = lambda port: [
+            *(str(llama_server), "--model", gguf, "--port", str(port), "--threads", str(torch.get_num_threads()), "--no-webui"),
+            *("--parallel", str(slots), "--ctx-size", str(slots * CONTEXT), "--cache-type-k", "bf16", "--cache-type-v", "bf16"),
+        ]
+    return found
+
+
+def measured(command: Callable[[int], list[str]], folder: Path) -> dict[int, dict[str, float]]:
+    """Start a server, warm it up, and let so many clients ask."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command(port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    try:
+        await_server(port, process)
+        draw = random.Random(0)
+        found = {}
+        ask(port, [body(folder, draw)])
+        for count in NUM_CLIENTS:
+            report = ask(port, [body(folder, draw) for _ in range(count)])
+            whole = [one for one in report["clients"] if one["first_s"] is not None]
+            found[count] = {
+                "answered": len(whole),
+                "tokens_per_s": round(sum(one["pieces"] for one in whole) / report["seconds"], 2),
+                "first_token_s": round(statistics.median(one["first_s"] for one in whole), 4) if whole else float("nan"),
+            }
+        return found
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def await_server(port: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a server answers."""
+    until = time.monotonic() + _START_S
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+                if response.status == 200:
+                    return
+        except (OSError, urllib.error.URLError):
+            time.sleep(0.2)
+    raise RuntimeError(f"{process.args!r} did not start")
+
+
+def body(folder: Path, draw: random.Random) -> dict[str, Any]:
+    """One question, as all of them take it."""
+    words = " ".join(draw.choice(("red", "blue", "circle", "square", "star")) for _ in range(40))
+    messages = [{"role": "user", "content": words}]
+    return {"model": str(folder), "messages": messages, "max_tokens": NUM_TOKENS, "temperature": 0, "stream": True}
+
+
+def ask(port: int, bodies: list[dict[str, Any]]) -> Any:
+    """Let clients ask at once, in a process of their own."""
+    task = json.dumps({"port": port, "bodies": bodies})
+    done = subprocess.run([sys.executable, "-m", "benchmarks.serving_clients"], input=task, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    main()
