@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 
@@ -108,6 +110,7 @@ async def host(app: App, config: ServerConfig, listener: socket.socket, leaving:
             h11_max_incomplete_event_size=config.max_header_bytes,
         )
     )
+    asyncio.get_running_loop().set_exception_handler(_LoopFaults())
     listener.listen(_BACKLOG)
     serving = asyncio.ensure_future(server.serve([listener]))
     while not server.started and not serving.done():
@@ -122,6 +125,20 @@ async def host(app: App, config: ServerConfig, listener: socket.socket, leaving:
         task.cancel()
     server.should_exit = True
     await serving
+
+
+class _LoopFaults:
+    """Tells what the event loop could not do, once a second at most: without file descriptors it fails thousands of times in that."""
+
+    def __init__(self) -> None:
+        self._told_at, self._untold = -math.inf, 0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self._untold += 1
+        if loop.time() < self._told_at + 1:
+            return
+        _LOG.error("the event loop failed", exc_info=context.get("exception"), extra={"fields": {"times": self._untold}})
+        self._told_at, self._untold = loop.time(), 0
 
 
 class _Server(uvicorn.Server):

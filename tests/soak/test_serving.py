@@ -14,8 +14,7 @@ import pytest
 from benchmarks.harness import write_result
 from llavakit.server.config import ServerConfig
 from tests.serving import Running, chat_body, data_url, picture, running
-from tests.unit.server.test_load import LONG, ended, serve
-from tests.unit.server.test_load import http as request_bytes
+from tests.unit.server.test_load import LONG, ended, request_bytes, serve
 
 pytestmark = pytest.mark.soak
 NUM_CANCELS = 1000

@@ -1,5 +1,7 @@
 """Too many, too slow, gone, and broken: whoever asks gets an answer or an error, and nothing is left behind. Section E, A23, A24, G5."""
 
+import contextlib
+import http.client
 import json
 import os
 import re
@@ -26,7 +28,7 @@ LONG: dict[str, Any] = {"max_tokens": 700, "logit_bias": {"2": -100}, "temperatu
 KEYS = ("sk-first", "sk-second")
 
 
-def http(body: dict[str, Any]) -> bytes:
+def request_bytes(body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
     return head.encode() + b"Connection: close\r\n\r\n" + data
@@ -35,7 +37,7 @@ def http(body: dict[str, Any]) -> bytes:
 def started(server: Running, **fields: Any) -> socket.socket:
     """Begin a long streamed answer and wait for its first bytes."""
     plain = server.connect()
-    plain.sendall(http(chat_body(**{**LONG, "stream": True, **fields})))
+    plain.sendall(request_bytes(chat_body(**{**LONG, "stream": True, **fields})))
     assert plain.recv(1 << 12).startswith(b"HTTP/1.1 200")
     return plain
 
@@ -83,7 +85,7 @@ def test_a_full_server_says_so_before_it_reads_anything() -> None:
     with running(ServerConfig(port=0, max_waiting=0)) as server:
         busy = [started(server, seed=n) for n in range(8)]
         began = time.perf_counter()
-        reply = server.raw(http(chat_body())[:200] + b"x" * 100)
+        reply = server.raw(request_bytes(chat_body())[:200] + b"x" * 100)
         assert reply.startswith(b"HTTP/1.1 503")
         assert b"connection: close" in reply.lower()
         assert time.perf_counter() - began < 1
@@ -119,7 +121,9 @@ def test_who_goes_away_leaves_nothing(server: Running) -> None:
     for moment in range(40):
         plain = server.connect()
         plain.sendall(
-            http(chat_body("What?", data_url(picture(moment % 3)), **{**LONG, "stream": moment % 2 == 0}))[: None if moment % 5 else 600]
+            request_bytes(chat_body("What?", data_url(picture(moment % 3)), **{**LONG, "stream": moment % 2 == 0}))[
+                : None if moment % 5 else 600
+            ]
         )
         time.sleep(0.002 * moment)
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", moment % 3 > 0, 0))
@@ -132,7 +136,7 @@ def test_who_goes_away_leaves_nothing(server: Running) -> None:
 def test_who_does_not_read_is_left() -> None:
     with running(ServerConfig(port=0, write_s=0.5)) as server:
         plain = server.connect(receive_bytes=1024)
-        plain.sendall(http(chat_body(**LONG, stream=True, logprobs=True, top_logprobs=20)))
+        plain.sendall(request_bytes(chat_body(**LONG, stream=True, logprobs=True, top_logprobs=20)))
         assert waited(lambda: server.app.gate.num_inside == 1)
         assert server.is_quiet()
         assert server.chat(chat_body()).status == 200
@@ -142,7 +146,7 @@ def test_who_does_not_read_is_left() -> None:
 @pytest.mark.catalogue("E8")
 def test_who_sends_slowly_is_left() -> None:
     with running(ServerConfig(port=0, header_s=0.4, body_s=0.4)) as server:
-        for begin in (b"", b"POST /v1/chat", http(chat_body())[:100]):
+        for begin in (b"", b"POST /v1/chat", request_bytes(chat_body())[:100]):
             with server.connect() as plain:
                 began = time.monotonic()
                 for letter in begin:
@@ -150,7 +154,7 @@ def test_who_sends_slowly_is_left() -> None:
                 assert plain.recv(1 << 12) == b""
                 assert time.monotonic() - began < 3
         with server.connect() as plain:
-            plain.sendall(http(chat_body())[:-5])
+            plain.sendall(request_bytes(chat_body())[:-5])
             assert plain.recv(1 << 12).startswith(b"HTTP/1.1 408")
         assert server.is_quiet()
 
@@ -159,7 +163,7 @@ def test_who_sends_slowly_is_left() -> None:
 def test_half_closed_and_idle_connections_end() -> None:
     with running(ServerConfig(port=0, keep_alive_s=1.0, header_s=1.0)) as server:
         with server.connect() as plain:
-            plain.sendall(http(chat_body(**LONG, stream=True)))
+            plain.sendall(request_bytes(chat_body(**LONG, stream=True)))
             plain.shutdown(socket.SHUT_WR)
             while plain.recv(1 << 16):
                 pass
@@ -282,10 +286,11 @@ def test_what_one_key_asked_is_not_found_by_another() -> None:
         assert text == again == others
 
 
-def serve(*arguments: str) -> tuple[subprocess.Popen[str], int]:
+def serve(*arguments: str, logs: Path = Path(os.devnull), prefix: tuple[str, ...] = ()) -> tuple[subprocess.Popen[str], int]:
     """Start the command and return it with its port."""
-    command = [str(Path(sys.executable).with_name("llava")), "serve", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = [*prefix, str(Path(sys.executable).with_name("llava")), "serve", "--port", "0", *arguments]
+    with logs.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert process.stdout is not None
     address = process.stdout.readline()
     found = re.search(r":(\d+)$", address.strip())
@@ -304,12 +309,38 @@ def ended(process: subprocess.Popen[str], number: int) -> int:
 def test_the_command_stops_when_told_and_starts_after_a_kill() -> None:
     process, port = serve()
     with socket.create_connection(("127.0.0.1", port)) as plain:
-        plain.sendall(http({**chat_body(**LONG, stream=True), "model": "llava-miniature"}))
+        plain.sendall(request_bytes({**chat_body(**LONG, stream=True), "model": "llava-miniature"}))
         assert plain.recv(100).startswith(b"HTTP/1.1 200")
         assert ended(process, signal.SIGKILL) == -signal.SIGKILL
     for number in (signal.SIGTERM, signal.SIGINT):
         process, _ = serve("--max-images", "3")
         assert ended(process, number) == 0
+
+
+@pytest.mark.catalogue("E25")
+def test_without_file_descriptors_it_answers_whom_it_knows_and_then_everybody(tmp_path: Path) -> None:
+    process, port = serve(logs=tmp_path / "logs", prefix=("bash", "-c", 'ulimit -n 64; exec "$@"', "bash"))
+    asked = json.dumps({**chat_body("What?", data_url(picture(1))), "model": "llava-miniature"})
+
+    def status(connection: http.client.HTTPConnection) -> int:
+        connection.request("POST", "/v1/chat/completions", asked, {"Content-Type": "application/json"})
+        with connection.getresponse() as response:
+            response.read()
+            return response.status
+
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as known:
+        assert status(known) == 200
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+        assert waited(lambda: "Too many open files" in (tmp_path / "logs").read_text("utf-8"))
+        assert status(known) == 200
+    for plain in idle:
+        plain.close()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as another:
+        assert status(another) == 200
+    assert ended(process, signal.SIGTERM) == 0
+    records = [line for line in (tmp_path / "logs").read_text("utf-8").splitlines() if "Too many" in line]
+    assert 1 <= len(records) < 10
+    assert all(json.loads(record)["message"] == "the event loop failed" for record in records)
 
 
 @pytest.mark.parametrize(
