@@ -33,7 +33,7 @@ from llavakit.model.config import LlamaConfig
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 
 NUM_CLIENTS = (1, 8, 64)
-NUM_TOKENS = 32
+NUM_TOKENS = 16
 CONTEXT = 512
 _START_S = 180.0
 JINJA = (
