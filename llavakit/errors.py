@@ -18,6 +18,7 @@ __all__ = [
     "FormError",
     "ImageError",
     "InputError",
+    "LengthError",
     "LlavaError",
     "NumericError",
     "PromptError",
@@ -58,6 +59,10 @@ class AnimationError(ImageError):
 
 class PromptError(InputError):
     """The conversation cannot become a prompt for this model."""
+
+
+class LengthError(PromptError):
+    """The prompt has more tokens than fit."""
 
 
 class FormError(PromptError):

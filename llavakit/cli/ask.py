@@ -9,7 +9,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from llavakit.cli.options import ModelOptions, SamplingOptions, printable, read_image
+from llavakit.cli.options import ModelOptions, SamplingOptions, printable
+from llavakit.storage.picture_file import read_picture
 from llavakit.types import Completion, Conversation
 
 __all__ = ["ask"]
@@ -37,7 +38,7 @@ def ask(
     json
         Print one JSON object with text, finish_reason and token counts instead.
     """
-    conversation = Conversation.ask(question, read_image(image), system=system)
+    conversation = Conversation.ask(question, read_picture(image), system=system)
     params = sampling.params()
     llm = options.load()
     completion: Completion | None = None

@@ -9,9 +9,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from llavakit.cli.options import ModelOptions, SamplingOptions, printable, read_image
+from llavakit.cli.options import ModelOptions, SamplingOptions, printable
 from llavakit.engine.llm import LLM
 from llavakit.errors import InputError
+from llavakit.storage.picture_file import read_picture
 from llavakit.types import Conversation, ImagePart, Message, Part, SamplingParams, TextPart
 
 __all__ = ["chat"]
@@ -32,7 +33,7 @@ def chat(
     image
         A picture for the first question.
     """
-    data = None if image is None else read_image(image)
+    data = None if image is None else read_picture(image)
     params = sampling.params()
     llm = options.load()
     session = _Session(llm, params)
@@ -69,7 +70,7 @@ class _Session:
             case "/reset":
                 self.conversation, self.pending = None, []
             case "/image":
-                self.add_picture(read_image(Path(rest.strip())))
+                self.add_picture(read_picture(Path(rest.strip())))
             case _:
                 self._ask(line)
         return False

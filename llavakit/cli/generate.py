@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +49,7 @@ def generate(
         The adapter (--adapters NAME=FOLDER) that answers.
     """
     from llavakit.engine.bulk import answer_all, local_answers, open_questions
+    from llavakit.engine.progress import progress_bar
 
     questions, params = open_questions(source, images=images, question=question), sampling.params()
     if cluster.cluster:
@@ -60,23 +59,9 @@ def generate(
     else:
         answers = local_answers(options.load(engine), questions, params, adapter=adapter)
     who = {"model": options.model, "adapter": adapter, "params": asdict(params)}
-    with _bar(len(questions)) as advance:
+    with progress_bar(len(questions), is_shown=sys.stderr.isatty()) as advance:
         failed = answer_all(answers, questions, output, who, advance=advance)
     sys.stdout.write(f"{output}\n")
     if failed:
         sys.stderr.write(f"llava: {failed} of {len(questions)} rows could not be answered; each has its error\n")
     return _FAILED if failed else 0
-
-
-@contextlib.contextmanager
-def _bar(total: int) -> Iterator[Callable[[int], object]]:
-    """Show how many are done, with a bar on stderr where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda count: count
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("rows", total=total)
-        yield lambda count: progress.advance(task, count)

@@ -10,7 +10,7 @@ from typing import Any
 
 from llavakit.checkpoint.gguf_read import is_gguf
 from llavakit.checkpoint.load import load_config, load_processor
-from llavakit.cli.options import printable, read_image
+from llavakit.cli.options import printable
 from llavakit.engine.llm import MINIATURE
 from llavakit.errors import CheckpointError, PromptError
 from llavakit.model.llava_config import LlavaConfig
@@ -25,6 +25,7 @@ from llavakit.processing.tokenizer.load import load_tokenizer
 from llavakit.processing.tokenizer.vocabulary import Tokenizer
 from llavakit.storage.documents import read_optional_json
 from llavakit.storage.hub import resolve_model
+from llavakit.storage.picture_file import read_picture
 from llavakit.types import Conversation
 
 __all__ = ["lint"]
@@ -128,7 +129,7 @@ def _prompt_facts(subject: _Subject, question: str, image: Path | None) -> dict[
         segments = template.segments(Conversation.ask(question), add_generation_prompt=True)
         encoded = encode_segments(segments, tokenizer.encode_text, template.markers(tokenizer, _NO_IMAGE_ID), ())
     else:
-        data = b"" if image is None else read_image(image)
+        data = b"" if image is None else read_picture(image)
         side = processor.image_processor.crop_px
         size = (side, side) if image is None else image_size(data, processor.limits)
         grid = processor.image_processor.grid(size, processor.tile_grid)

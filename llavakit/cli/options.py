@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavakit.errors import ConfigError, ImageError
+from llavakit.errors import ConfigError
 from llavakit.logs import show_logs
 from llavakit.types import SamplingParams
 
@@ -19,9 +18,7 @@ if TYPE_CHECKING:
     from llavakit.processing.processor import LlavaProcessor
     from llavakit.processing.text import TextProcessor
 
-__all__ = ["EngineOptions", "ModelOptions", "SamplingOptions", "load_processor_alone", "printable", "read_image"]
-
-_MAX_BYTES = 64 << 20
+__all__ = ["EngineOptions", "ModelOptions", "SamplingOptions", "load_processor_alone", "printable"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,20 +140,6 @@ def load_processor_alone(model: str | None, template: str | None) -> LlavaProces
 
     folder = resolve_model(MINIATURE if model is None else model)
     return load_processor(folder, load_config(folder), None if template is None else find_template(template))
-
-
-def read_image(path: Path) -> bytes:
-    """Read a picture's file. Raises: ImageError when it is no regular file, too large, or unreadable."""
-    if not path.exists():
-        raise ImageError(f"there is no picture {path}")
-    if not path.is_file():
-        raise ImageError(f"{path} is not a regular file")
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ImageError(f"{path} is larger than {_MAX_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot read {path}: {error.strerror}") from error
 
 
 def printable(text: str) -> str:

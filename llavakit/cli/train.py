@@ -133,13 +133,13 @@ def _run(config: TrainConfig, run: Path) -> None:
     from llavakit.training.parallel import end_rank, join_ranks
     from llavakit.training.run import EXPORT, run_training
 
-    if "LOCAL_RANK" in os.environ:  # torchrun started several of us
-        ranks = join_ranks(os.environ)
-        result, rank = run_training(replace(config, device=str(ranks.device)), run, parallel=ranks), ranks.rank
-        ranks.leave()
+    ranks = join_ranks(os.environ) if "LOCAL_RANK" in os.environ else None  # torchrun started several of us
+    if ranks is None:
+        result = run_training(config, run)
     else:
-        ranks, (result, rank) = None, (run_training(config, run), 0)
-    if rank == 0:
+        result = run_training(replace(config, device=str(ranks.device)), run, parallel=ranks)
+        ranks.leave()
+    if ranks is None or ranks.rank == 0:
         sys.stdout.write(f"{run / EXPORT}\n")
     if result.num_skipped:
         sys.stderr.write(f"llava: {result.num_skipped} updates were skipped, since loss or gradient was not finite\n")

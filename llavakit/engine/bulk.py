@@ -16,13 +16,15 @@ from typing import Any, Protocol
 
 from llavakit.engine.llm import LLM
 from llavakit.errors import ConfigError, DataError, StorageError
+from llavakit.processing.decode import SUFFIXES
+from llavakit.storage.folder import atomic_file
 from llavakit.storage.journal import Journal
 from llavakit.storage.json_rows import JsonRows
+from llavakit.storage.picture_file import read_picture
 from llavakit.types import Completion, Conversation, ImagePart, Message, Part, SamplingParams, TextPart
 
 __all__ = ["Answers", "FolderQuestions", "Questions", "RowQuestions", "answer_all", "answer_row", "local_answers", "open_questions"]
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _BATCH = 32
 _RUN = "run"
 
@@ -42,7 +44,7 @@ class Questions(Protocol):
         ...
 
     def conversation(self, index: int) -> Conversation:
-        """Build a question's conversation. Raises: DataError, PromptError."""
+        """Build a question's conversation. Raises: DataError, ImageError, PromptError."""
         ...
 
 
@@ -70,7 +72,7 @@ class RowQuestions:
         return {"row": index, **named}
 
     def conversation(self, index: int) -> Conversation:
-        """Build a row's conversation. Raises: DataError, PromptError."""
+        """Build a row's conversation. Raises: DataError, ImageError, PromptError."""
         row = self._rows.row(index)
         if not isinstance(row, dict):
             raise DataError(f"a row must be a table, got {row!r:.80}")
@@ -116,10 +118,10 @@ class FolderQuestions:
     def __init__(self, folder: Path, question: str) -> None:
         """Find the pictures, in the order of their names. Raises: DataError where there are none."""
         self._folder, self._question = folder.resolve(), question
-        files = (path for path in self._folder.rglob("*") if path.suffix.lower() in _PICTURES and path.is_file())
+        files = (path for path in self._folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         self._names = sorted(path.relative_to(self._folder).as_posix() for path in files)
         if not self._names:
-            raise DataError(f"{folder} holds no pictures ({', '.join(_PICTURES)})")
+            raise DataError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -134,7 +136,7 @@ class FolderQuestions:
         return {"row": index, "image": self._names[index]}
 
     def conversation(self, index: int) -> Conversation:
-        """Ask the question about a picture. Raises: DataError."""
+        """Ask the question about a picture. Raises: DataError, ImageError."""
         return Conversation.ask(self._question, _read(self._folder, self._names[index]))
 
 
@@ -212,13 +214,11 @@ def _fill(answers: Answers, missing: Sequence[int], journal: Journal, advance: C
 
 
 def _write(questions: Questions, journal: Journal, output: Path) -> int:
-    unfinished = output.with_name(f".{output.name}.part")
     num_failed = 0
-    with unfinished.open("w", encoding="utf-8") as file:
+    with atomic_file(output) as file:
         for row in _rows(questions, journal):
             num_failed += "error" in row
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    unfinished.replace(output)
     return num_failed
 
 
@@ -228,11 +228,11 @@ def _rows(questions: Questions, journal: Journal) -> Iterator[dict[str, Any]]:
 
 
 def _read(folder: Path, name: str) -> bytes:
-    """Read a picture of a folder. Raises: DataError for one that is not there, or outside."""
+    """Read a picture of a folder. Raises: DataError for one outside, ImageError for what is no file to read."""
     try:
         path = (folder / name).resolve()
-        if not path.is_relative_to(folder):
-            raise DataError(f"picture {name!r} lies outside {folder}")
-        return path.read_bytes()
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read picture {name!r}: {error}") from error
+    if not path.is_relative_to(folder):
+        raise DataError(f"picture {name!r} lies outside {folder}")
+    return read_picture(path)

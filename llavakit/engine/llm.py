@@ -5,7 +5,6 @@ Owns: loading model and processor together, feeding the engine without holding a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import threading
@@ -23,6 +22,7 @@ from llavakit.checkpoint.parts import Sources
 from llavakit.checkpoint.placement import choose_device, choose_dtype
 from llavakit.engine.engine import FEATURE_BYTES, Engine, EngineSettings
 from llavakit.engine.factory import RequestFactory
+from llavakit.engine.progress import progress_bar
 from llavakit.engine.request import Request, TokenEvent
 from llavakit.engine.runner import measure_workspace, page_shape
 from llavakit.errors import CapacityError, ConfigError, LlavaError, PromptError
@@ -330,10 +330,10 @@ class LLM:
     def _many(self, makers: Sequence[Callable[[], Request]], *, progress: bool) -> list[Completion]:
         """Answer many requests and return the answers in order."""
         completions: dict[int, Completion] = {}
-        with _bar(len(makers), is_shown=progress) as advance:
+        with progress_bar(len(makers), is_shown=progress) as advance:
             for place, completion in self._each(makers):
                 completions[place] = completion
-                advance()
+                advance(1)
         return [completions[place] for place in range(len(makers))]
 
     def _each(self, makers: Iterable[Callable[[], Request]]) -> Iterator[tuple[int, Completion]]:
@@ -419,20 +419,6 @@ def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
     if len(params) != count:
         raise PromptError(f"there are {count} requests and {len(params)} params; give one for all, or one for each")
     return list(params)
-
-
-@contextlib.contextmanager
-def _bar(total: int, *, is_shown: bool) -> Iterator[Callable[[], object]]:
-    """Show how many requests are done on stderr; gives what counts one more."""
-    if not is_shown:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total)
-        yield functools.partial(bar.advance, task)
 
 
 def _ready(core: LlamaCore | LlavaCore, quantize: str, device: torch.device, *, is_dtype_chosen: bool) -> LlamaCore | LlavaCore:

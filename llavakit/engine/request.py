@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llavakit.engine.beams import BeamSearch
 from llavakit.engine.constraint import Constraint
-from llavakit.errors import PromptError
+from llavakit.errors import LengthError, PromptError
 from llavakit.ops.sampling import adjust, changes_scores, logprobs_of, sample
 from llavakit.processing.processor import Prompt
 from llavakit.processing.stream import Detokenizer, StopMatcher
@@ -91,7 +91,7 @@ class Request:
         if not prompt.ids:
             raise PromptError("the prompt is empty; a model continues at least one token")
         if room < (0 if terms.scored_from is not None else 1):
-            raise PromptError(
+            raise LengthError(
                 f"the prompt has {len(prompt.ids)} tokens and the model's context {terms.context_len}; "
                 "shorten it, there is no room to answer"
             )

@@ -19,11 +19,11 @@ from llavakit.types import SamplingParams, TokenLogprob
 
 __all__ = ["adjust", "changes_scores", "logprobs_of", "sample", "token_probabilities"]
 
-LARGEST = 1e30
+_LARGEST = 1e30
 """No penalty or bias takes a score beyond this, so that the arithmetic after it stays finite in float32."""
 
-COLD = 1e-6
-"""Below this temperature, a score near LARGEST divided by it would be infinite."""
+_COLD = 1e-6
+"""Below this temperature, a score near _LARGEST divided by it would be infinite; above it the quotient is transformers', bit for bit."""
 
 
 def changes_scores(params: SamplingParams) -> bool:
@@ -39,10 +39,10 @@ def adjust(scores_V: Tensor, params: SamplingParams, ids: Sequence[int], num_new
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted({index for index in ids if 0 <= index < size}), device=scores.device)
         values = scores[seen]
-        penalty = min(max(params.repetition_penalty, 1 / LARGEST), LARGEST)
+        penalty = min(max(params.repetition_penalty, 1 / _LARGEST), _LARGEST)
         values = torch.where(values < 0, values * penalty, values / penalty)
         scores = scores.index_copy(0, seen, values)
-    scores = _shifted(scores, params, ids[len(ids) - num_new :]).clamp(-LARGEST, LARGEST)
+    scores = _shifted(scores, params, ids[len(ids) - num_new :]).clamp(-_LARGEST, _LARGEST)
     banned = _repeating(ids, params.no_repeat_ngram_size)
     if num_new < params.min_tokens:
         banned |= set(end_ids)
@@ -84,7 +84,7 @@ def sample(scores_V: Tensor, params: SamplingParams, generator: torch.Generator)
 def token_probabilities(scores_V: Tensor, params: SamplingParams) -> Tensor:
     """Return the float32 distribution after temperature, top-k, top-p and min-p."""
     scores = scores_V.float()
-    if params.temperature < COLD:  # the quotients of several scores could be infinite: make the largest 0 first
+    if params.temperature < _COLD:  # the quotients of several scores could be infinite: make the largest 0 first
         scores = scores - scores.max()
     scores = scores / max(params.temperature, torch.finfo(torch.float32).tiny)
     if 0 < params.top_k < scores.numel():

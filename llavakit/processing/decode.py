@@ -25,7 +25,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from llavakit.errors import AnimationError, ImageError
 
-__all__ = ["DEFAULT_LIMITS", "ImageLimits", "decode_image", "image_digest", "image_size"]
+__all__ = ["DEFAULT_LIMITS", "SUFFIXES", "ImageLimits", "decode_image", "image_digest", "image_size"]
 
 # Opened by class, not by Image.open: a JPEG with further pictures behind it (phones write them) is then its first picture,
 # and the only size check is ours.
@@ -36,6 +36,8 @@ _KINDS: tuple[tuple[str, type[ImageFile.ImageFile], bytes], ...] = (
     ("GIF", GifImageFile, b"GIF8"),
     ("BMP", BmpImageFile, b"BM"),
 )
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+"""How the names of files end that decode_image may open."""
 _DECODER_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, AttributeError, NotImplementedError,
     MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Warning,

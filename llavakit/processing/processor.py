@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llavakit.errors import CheckpointError, ImageError, PromptError
+from llavakit.errors import CheckpointError, ImageError, LengthError, PromptError
 from llavakit.geometry import ImageGrid, num_image_tokens, patch_grid
 from llavakit.processing.chat import ChatTemplate, Turns
 from llavakit.processing.decode import DEFAULT_LIMITS, ImageLimits, decode_image, image_digest, image_size
@@ -222,7 +222,7 @@ class LlavaProcessor:
         encoded = self.encode_chat(ask.conversation, grids, add_generation_prompt=ask.add_generation_prompt)[1]
         assert encoded.ids.count(self.image_token_id) == sum(slots), "text must never encode to the image token"
         if ask.max_len is not None and len(encoded.ids) > ask.max_len:
-            raise PromptError(
+            raise LengthError(
                 f"the prompt has {len(encoded.ids)} tokens ({len(slots)} pictures of {', '.join(map(str, sorted(set(slots)))) or 0}), "
                 f"at most {ask.max_len} fit; shorten the conversation"
             )

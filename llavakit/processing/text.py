@@ -13,7 +13,7 @@ from typing import NoReturn, Self, Unpack
 
 import torch
 
-from llavakit.errors import PromptError
+from llavakit.errors import LengthError, PromptError
 from llavakit.geometry import ImageGrid
 from llavakit.processing.chat import ChatTemplate
 from llavakit.processing.own_template import template_of_text_checkpoint
@@ -61,7 +61,7 @@ class TextProcessor:
         """Build the prompt of a conversation. Raises: PromptError for pictures, and when it exceeds max_len tokens."""
         encoded = self.encode_chat(conversation, (), add_generation_prompt=add_generation_prompt)[1]
         if max_len is not None and len(encoded.ids) > max_len:
-            raise PromptError(f"the prompt has {len(encoded.ids)} tokens, at most {max_len} fit; shorten the conversation")
+            raise LengthError(f"the prompt has {len(encoded.ids)} tokens, at most {max_len} fit; shorten the conversation")
         return Prompt(encoded.ids, encoded.loss_mask, torch.empty(0, 3, 1, 1))
 
     def encode_chat(

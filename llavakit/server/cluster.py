@@ -68,6 +68,9 @@ class Replica:
         if not await self._backend.is_healthy():
             raise RuntimeError("the engine does not compute")
 
+    async def ping(self) -> None:
+        """Answer."""
+
     async def facts(self) -> dict[str, Any]:
         """Return what the server must know of the model."""
         backend = self._backend
@@ -233,7 +236,7 @@ def start_cluster(load: Callable[[], LLM], config: ServerConfig, cluster: Cluste
 
     return ClusterBackend(
         streaming.answer.remote,
-        lambda: handle.facts.remote(),
+        lambda: handle.ping.remote(),
         leave,
         lost=(ray.exceptions.RayActorError, RayServeException),
         processor=facts["processor"],

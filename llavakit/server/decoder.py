@@ -17,11 +17,11 @@ from typing import BinaryIO
 from llavakit.errors import AnimationError, ImageError
 from llavakit.processing.decode import ImageLimits, decode_image, image_size
 
-__all__ = ["ANIMATED", "FINE", "HEAD", "REPLY", "WRONG", "serve"]
+__all__ = ["ANIMATED", "FINE", "HEAD", "REPLY", "SIZE", "WRONG", "serve"]
 
 HEAD, REPLY = struct.Struct("<cI"), struct.Struct("<BI")
 FINE, WRONG, ANIMATED = 0, 1, 2
-_SIZE = struct.Struct("<II")
+SIZE = struct.Struct("<II")
 
 
 def serve(source: BinaryIO, sink: BinaryIO, limits: ImageLimits) -> None:
@@ -40,9 +40,9 @@ def serve(source: BinaryIO, sink: BinaryIO, limits: ImageLimits) -> None:
 def _answer(data: bytes, limits: ImageLimits, *, has_pixels: bool) -> tuple[int, bytes]:
     try:
         if not has_pixels:
-            return FINE, _SIZE.pack(*image_size(data, limits))
+            return FINE, SIZE.pack(*image_size(data, limits))
         image = decode_image(data, limits)
-        return FINE, _SIZE.pack(*image.size) + image.tobytes()
+        return FINE, SIZE.pack(*image.size) + image.tobytes()
     except AnimationError as error:
         return ANIMATED, str(error).encode()
     except ImageError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import struct
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
@@ -19,12 +18,11 @@ from PIL import Image
 from llavakit.errors import AnimationError, ImageError
 from llavakit.logs import logger
 from llavakit.server.config import ServerConfig
-from llavakit.server.decoder import ANIMATED, FINE, HEAD, REPLY
+from llavakit.server.decoder import ANIMATED, FINE, HEAD, REPLY, SIZE
 
 __all__ = ["Decoders"]
 
 _LOG = logger("server")
-_SIZE = struct.Struct("<II")
 _MOST_PICTURES = 1000
 """Pictures that a process decodes before a fresh one takes its place."""
 _START_S = 30.0
@@ -60,14 +58,14 @@ class Decoders:
 
     async def sizes(self, pictures: Sequence[bytes]) -> list[tuple[int, int]]:
         """Read the width and height of pictures. Raises: ImageError."""
-        return [_SIZE.unpack(await self._ask(b"S", data)) for data in pictures]
+        return [SIZE.unpack(await self._ask(b"S", data)) for data in pictures]
 
     async def images(self, pictures: Sequence[bytes]) -> list[Image.Image]:
         """Decode pictures. Raises: ImageError."""
         images = []
         for data in pictures:
             reply = await self._ask(b"D", data)
-            images.append(Image.frombytes("RGB", _SIZE.unpack_from(reply), reply[_SIZE.size :]))
+            images.append(Image.frombytes("RGB", SIZE.unpack_from(reply), reply[SIZE.size :]))
         return images
 
     def pids(self) -> list[int]:

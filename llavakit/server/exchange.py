@@ -111,9 +111,9 @@ class Exchange:
         await self._start(status, kind, own)
         await self._send({"type": "http.response.body", "body": body})
 
-    async def respond_json(self, value: Any, status: int = 200) -> None:
+    async def respond_json(self, value: Any, status: int = 200, *, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
         """Answer with JSON."""
-        await self.respond(status, json.dumps(value, ensure_ascii=False).encode(), "application/json")
+        await self.respond(status, json.dumps(value, ensure_ascii=False).encode(), "application/json", headers=headers)
 
     async def fail(self, error: HttpError) -> None:
         """Answer with an error; a body that was not read is not read any more."""
@@ -122,7 +122,7 @@ class Exchange:
             headers.append((b"www-authenticate", b"Bearer"))
         if not self._has_body and self.method not in ("GET", "HEAD"):
             headers.append((b"connection", b"close"))
-        await self.respond(error.status, json.dumps(error.body(), ensure_ascii=False).encode(), "application/json", headers=tuple(headers))
+        await self.respond_json(error.body(), error.status, headers=tuple(headers))
 
     async def stream(self, chunks: AsyncIterator[bytes]) -> None:
         """Answer with server-sent events, as they come."""

@@ -6,7 +6,7 @@ text of a library; whatever is not known to be the client's fault is a 500 that 
 
 from __future__ import annotations
 
-from llavakit.errors import AnimationError, BusyError, CapacityError, DataError, FormError, ImageError, InputError, LlavaError, PromptError
+from llavakit.errors import AnimationError, BusyError, CapacityError, DataError, FormError, ImageError, InputError, LengthError, LlavaError
 
 __all__ = ["HttpError", "fault_of"]
 
@@ -45,7 +45,7 @@ def fault_of(error: Exception, *, param: str | None = None) -> HttpError:
             return HttpError(400, "invalid_image", _told(error), param=param)
         case FormError():
             return HttpError(400, "invalid_value", "the form of the answer cannot be followed; simplify it", param="response_format")
-        case PromptError() if "tokens" in str(error) and ("context" in str(error) or "at most" in str(error)):
+        case LengthError():
             return HttpError(400, "context_length_exceeded", _told(error), param=param or "messages")
         case InputError() if not isinstance(error, DataError):
             return HttpError(400, "invalid_value", _told(error), param=param)

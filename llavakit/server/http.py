@@ -54,7 +54,7 @@ def build_protocol(header_s: float, write_s: float) -> type[H11Protocol]:
                 self._stop_expecting()
 
         def send_400_response(self, msg: str) -> None:
-            error = sys.exception() if sys.version_info >= (3, 11) else None
+            error = sys.exception()
             status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
             if status != _TOO_LARGE or self.conn.our_state is not h11.IDLE:
                 super().send_400_response(msg)

@@ -38,7 +38,7 @@ class Metrics:
         self.latency = Histogram("llava_request_seconds", "Seconds of a request", ("route",), buckets=_SECONDS, registry=self.registry)
         self.first_token = Histogram("llava_first_token_seconds", "Seconds to the first token", buckets=_SECONDS, registry=self.registry)
         self.between_tokens = Histogram("llava_between_tokens_seconds", "Seconds between tokens", buckets=_SECONDS, registry=self.registry)
-        self.decoded = Counter("llava_pictures_refused", "Pictures that could not be decoded", registry=self.registry)
+        self.refused = Counter("llava_pictures_refused", "Pictures that could not be decoded", registry=self.registry)
         self._gauges = {
             field: Gauge(f"llava_{name}", text, registry=self.registry) for field, name, text in (*_COUNTED, *_STANDING)
         }  # of the engine's own counts, as they are when they are asked for

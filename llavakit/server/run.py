@@ -58,25 +58,15 @@ def serve(
     tell: Callable[[str], object] = _LOG.info,
 ) -> None:
     """Serve until the process is told to stop; tell hears the address once requests are taken."""
-    asyncio.run(_serve(backend, name, config, keys, listener, is_sagemaker=is_sagemaker, tell=tell))
 
+    async def run() -> None:
+        app = App(Service(backend, name, config), config, keys, is_sagemaker=is_sagemaker)
+        leaving = Leaving()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, leaving.ask)
+        await host(app, config, listener, leaving, tell=tell)
 
-async def _serve(
-    backend: Backend,
-    name: str,
-    config: ServerConfig,
-    keys: Keys,
-    listener: socket.socket,
-    *,
-    is_sagemaker: bool,
-    tell: Callable[[str], object],
-) -> None:
-    app = App(Service(backend, name, config), config, keys, is_sagemaker=is_sagemaker)
-    leaving = Leaving()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, leaving.ask)
-    await host(app, config, listener, leaving, tell=tell)
+    asyncio.run(run())
 
 
 class Leaving:

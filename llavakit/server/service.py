@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from llavakit.engine.factory import text_ids
-from llavakit.errors import ImageError, LlavaError, PromptError
+from llavakit.errors import ImageError, LengthError, LlavaError
 from llavakit.geometry import num_image_tokens
 from llavakit.server.asking import completion_params_of, conversation_of, params_of
 from llavakit.server.backend import Answering, Backend, Question
@@ -91,9 +91,7 @@ class Service:
         async with contextlib.AsyncExitStack() as submitted:  # ends those that are submitted where one is refused
             answers: list[Answering] = []
             for prompt in prompts:
-                await self._check_text(prompt)
-                given = prompt if isinstance(prompt, str) else tuple(prompt)
-                question = Question(given, params, tenant=caller.tenant, adapter=adapter)
+                question = Question(await self._ids(prompt), params, tenant=caller.tenant, adapter=adapter)
                 answers.append(await submitted.enter_async_context(await self._submit(question, param="prompt")))
             submitted.pop_all()
         return answers
@@ -167,22 +165,23 @@ class Service:
             encode = functools.partial(processor.encode_chat, conversation, processor.grids(sizes))
             num_tokens = len((await asyncio.to_thread(encode))[1].ids)
             if num_tokens > self.max_prompt_tokens:
-                raise PromptError(
+                raise LengthError(
                     f"the prompt has {num_tokens} tokens with its {len(pictures)} pictures, at most {self.max_prompt_tokens} fit"
                 )
             images = await self.decoders.images(pictures)
         except LlavaError as error:
             if isinstance(error, ImageError):
-                self.metrics.decoded.inc()
+                self.metrics.refused.inc()
             raise fault_of(error, param="messages") from error
         return _Asked(conversation, tuple(images), adapter)
 
-    async def _check_text(self, prompt: str | list[int]) -> None:
-        """Count a text's tokens. Raises: HttpError for too many."""
-        num_tokens = len(await asyncio.to_thread(text_ids, self.backend.processor, prompt)) if isinstance(prompt, str) else len(prompt)
-        if num_tokens > self.max_prompt_tokens:
-            message = f"the prompt has {num_tokens} tokens, at most {self.max_prompt_tokens} fit"
+    async def _ids(self, prompt: str | list[int]) -> tuple[int, ...]:
+        """Return a prompt's ids. Raises: HttpError for too many."""
+        ids = await asyncio.to_thread(text_ids, self.backend.processor, prompt) if isinstance(prompt, str) else prompt
+        if len(ids) > self.max_prompt_tokens:
+            message = f"the prompt has {len(ids)} tokens, at most {self.max_prompt_tokens} fit"
             raise HttpError(400, "context_length_exceeded", message, param="prompt")
+        return tuple(ids)
 
     async def _submit(self, question: Question, *, param: str | None = None) -> Answering:
         try:

@@ -1,6 +1,6 @@
 """Folders that appear whole or not at all.
 
-Owns: atomic_folder, the manifest that is written last, its verification.
+Owns: atomic_folder, atomic_file for a single one, the manifest that is written last, its verification.
 Invariant: after a kill at any moment the destination is the old folder or the complete new one; leftovers of dead
 processes are removed by the next save of the same folder. Where a file system cannot exchange two folders in one step, a kill
 between two renames leaves no folder for a while: the next save puts the old one back first.
@@ -19,12 +19,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from llavakit.errors import StorageError
 
 __all__ = [
     "MANIFEST_NAME",
     "FileEntry",
+    "atomic_file",
     "atomic_folder",
     "fsync_folder",
     "manifest_problems",
@@ -79,6 +81,24 @@ def atomic_folder(destination: Path, *, overwrite: bool, carry: Callable[[str], 
         raise StorageError(f"saving {destination} failed: {error}; what was there before is unchanged") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(destination: Path) -> Iterator[TextIO]:
+    """Yield a text file beside destination that takes its place, on the disk whole, when the block ends without an error.
+
+    Raises: OSError where the disk refuses; what was there before stays.
+    """
+    unfinished = destination.with_name(f".{destination.name}.part")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            yield file
+        _fsync_file(unfinished)
+        unfinished.replace(destination)
+        fsync_folder(destination.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 @contextlib.contextmanager

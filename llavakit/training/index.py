@@ -184,13 +184,13 @@ def _measure_again(source: Measurable, folder: Path, key: str, volatile: Collect
     """Measure the rows whose faults may be gone, and write the index anew where some are."""
     told = [json.loads(line) for line in (folder / _PROBLEMS_FILE).read_text("utf-8").splitlines()]
     problems: _Lines = [(line["row"], Fault(line["kind"], line["message"], line["is_fatal"])) for line in told]
-    doubtful = sorted({row for row, fault in problems if fault.kind in volatile})
+    doubtful = {row for row, fault in problems if fault.kind in volatile}
     if not doubtful:
         return
     index = load_index(folder)
     rows = torch.stack([index.num_tokens, index.num_supervised, index.num_tiles], dim=1).tolist()
-    kept = [(row, fault) for row, fault in problems if row not in set(doubtful) or fault.kind == "duplicate id"]
-    for row in doubtful:
+    kept = [(row, fault) for row, fault in problems if row not in doubtful or fault.kind == "duplicate id"]
+    for row in sorted(doubtful):
         measured = source.measure(row)
         rows[row] = _numbers(measured)
         kept += [(row, fault) for fault in measured.problems]

@@ -56,8 +56,7 @@ def picture_grids(pictures: Pictures, wanted: Sequence[Picture], processor: Llav
         return []
     if isinstance(processor, TextProcessor):
         raise ImageError("it has a picture, and the model is a language model without a vision tower")
-    images, tile = processor.image_processor, processor.tile_grid
-    grids, num_pixels = [], 0
+    sizes, num_pixels = [], 0
     for place, (picture, data) in enumerate(zip(wanted, picture_bytes(pictures, wanted), strict=True), 1):
         try:
             size = image_size(data, processor.limits)
@@ -67,8 +66,8 @@ def picture_grids(pictures: Pictures, wanted: Sequence[Picture], processor: Llav
         num_pixels += size[0] * size[1]
         if num_pixels > (most := processor.limits.max_total_pixels):
             raise ImageError(f"its pictures have more than {most} pixels together; scale them down")
-        grids.append(tile if images.aspect != "anyres" else images.grid(size, tile))
-    return grids
+        sizes.append(size)
+    return processor.grids(sizes)
 
 
 class PictureFolder:

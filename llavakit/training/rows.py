@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from llavakit.errors import DataError
 from llavakit.logs import logger
+from llavakit.processing.decode import SUFFIXES
 from llavakit.storage.json_rows import JsonRows
 from llavakit.storage.tar import TarFiles, TarMember, is_archive
 from llavakit.training.checks import FaultError
@@ -23,7 +24,6 @@ from llavakit.training.checks import FaultError
 __all__ = ["Rows", "open_rows"]
 
 _LOG = logger("training")
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _NAMED = ("image", "images", "image_path")
 _TALKS = frozenset(("conversations", "messages", "texts", "text", "chosen"))
 _NUMBER = re.compile(r"\d{0,9}")
@@ -115,7 +115,7 @@ def _kind(member: TarMember) -> str:
 
 def _pictures(members: Sequence[TarMember], value: Any) -> list[TarMember]:
     """Choose a row's pictures: those that it names, in its order, or else those without a name of their own, numbers in order."""
-    found = [member for member in members if PurePosixPath(member.name).suffix.lower() in _PICTURES]
+    found = [member for member in members if PurePosixPath(member.name).suffix.lower() in SUFFIXES]
     by_name = {PurePosixPath(member.name).name: member for member in found}
     named = next((value[key] for key in _NAMED if value.get(key) is not None), None) if isinstance(value, dict) else None
     names = [PurePosixPath(name).name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]

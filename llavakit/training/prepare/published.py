@@ -1,12 +1,11 @@
 """What every published set needs: reading its files, the rows that it becomes, and writing them.
 
-Owns: read_published, talk, coco_picture, write_rows and its Written. Refuses: knowing any set.
+Owns: read_published, talk, coco_picture, LETTER_PROMPT, write_rows and its Written. Refuses: knowing any set.
 Invariant: the file of rows appears whole or not at all, and whatever is left out is counted by reason.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.errors import DataError
+from llavakit.storage.folder import atomic_file
 from llavakit.training.rows import Rows
 
-__all__ = ["LeftOut", "Row", "Written", "coco_picture", "listed", "read_published", "row_or_none", "talk", "write_rows"]
+__all__ = ["LETTER_PROMPT", "LeftOut", "Row", "Written", "coco_picture", "listed", "read_published", "row_or_none", "talk", "write_rows"]
 
 Row = dict[str, Any]
+LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
+"""How LLaVA-1.5 asks for a choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +89,10 @@ def write_rows(rows: Iterable[Row | LeftOut], output: Path, images: Path | None 
     """
     if output.suffix not in (".json", ".jsonl"):
         raise DataError(f"rows are written as .json or .jsonl, got {output}")
-    written, unfinished = Written(), output.with_name(f".{output.name}.part")
-    is_lines = output.suffix == ".jsonl"
+    written, is_lines = Written(), output.suffix == ".jsonl"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", encoding="utf-8") as file:
+        with atomic_file(output) as file:
             file.write("" if is_lines else "[")
             for row in _kept(rows, images, written):
                 file.write(("\n" if is_lines else ",\n") if written.num_rows else "" if is_lines else "\n")
@@ -99,17 +100,13 @@ def write_rows(rows: Iterable[Row | LeftOut], output: Path, images: Path | None 
                 written.num_rows += 1
                 written.num_with_pictures += "image" in row
             file.write("\n" if is_lines else "\n]\n")
-        if written.num_rows == 0:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in written.left_out.items())
-            raise DataError(f"no row is left to write ({reasons or 'the set is empty'})")
-        unfinished.replace(output)
+            if written.num_rows == 0:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in written.left_out.items())
+                raise DataError(f"no row is left to write ({reasons or 'the set is empty'})")
     except OSError as error:
         raise DataError(f"cannot write {output}: {error.strerror}") from error
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise DataError(f"the set is not in the form in which it was published: {error!r} after {written.num_rows} rows") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
     return written
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.errors import DataError
-from llavakit.training.prepare.published import LeftOut, Row, coco_picture, listed, read_published, talk
+from llavakit.training.prepare.published import LETTER_PROMPT, LeftOut, Row, coco_picture, listed, read_published, talk
 
 __all__ = ["aokvqa_rows", "gqa_rows", "ocrvqa_rows", "textcaps_rows", "vqa_rows"]
 
 _SHORT = "Answer the question using a single word or phrase."
-_LETTER = "Answer with the option's letter from the given choices directly."
 _CAPTION = "Provide a one-sentence caption for the provided image."
 _LETTERS = "ABCDEFGH"
 _NUM_BOOKS = 80_000
@@ -58,7 +57,7 @@ def aokvqa_rows(questions: Path) -> Iterator[Row]:
     for number, asked in by_picture.items():
         for turn in range(max(len(question["choices"]) for question in asked)):
             exchanges = [_choice(question, turn) for question in asked if turn < len(question["choices"])]
-            yield _talk(f"aokvqa-{number}-{turn}", coco_picture(number), exchanges, _LETTER)
+            yield _talk(f"aokvqa-{number}-{turn}", coco_picture(number), exchanges, LETTER_PROMPT)
 
 
 def ocrvqa_rows(books: Path, *, seed: int) -> Iterator[Row | LeftOut]:

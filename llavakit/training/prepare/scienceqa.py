@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llavakit.errors import DataError
-from llavakit.training.prepare.published import LeftOut, Row, listed, read_published
+from llavakit.training.prepare.published import LETTER_PROMPT, LeftOut, Row, listed, read_published
 
 __all__ = ["FORMS", "scienceqa_rows"]
 
 _LETTERS = "ABCDE"
-LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 FORMS = ("QCM-LEA", "QCM-LEPA", "QCM-ALE", "QCM-A", "CQM-A")
 """Question, context, multiple choices; then answer, lecture, explanation in this order (P: the answer stands behind ###)."""
 

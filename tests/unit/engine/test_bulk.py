@@ -57,6 +57,9 @@ BAD: list[Any] = [
     {"question": "x", "image": "gone.png"},
     {"question": "x", "image": "../in.jsonl"},
     {"question": "x", "image": "in.jsonl"},
+    {"question": "x", "image": "."},
+    {"question": "x", "image": "n" * 5000},
+    {"question": "x", "image": "a\0b"},
     {"question": "x" * 20_000},
     {"messages": []},
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(picture())}}]}]},
@@ -85,6 +88,13 @@ def test_a_row_that_is_no_json_has_an_error(tmp_path: Path) -> None:
     file.write_text(file.read_text() + "{torn\n")
     assert answer_all(llm(), open_questions(file), tmp_path / "out.jsonl", SHORT, model="m") == 1
     assert "no JSON" in lines(tmp_path / "out.jsonl")[1]["error"]
+
+
+def test_a_pipe_is_no_picture_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    file = write(tmp_path, [{"question": "x", "image": "pipe.png"}])
+    assert answer_all(llm(), open_questions(file), tmp_path / "out.jsonl", SHORT, model="m") == 1
+    assert "regular file" in lines(tmp_path / "out.jsonl")[0]["error"]
 
 
 def test_one_question_about_every_picture_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
