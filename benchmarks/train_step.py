@@ -18,8 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.utils.data import Dataset
@@ -38,6 +39,7 @@ from llavakit.training.config import DataConfig, LoopConfig, OptimConfig, SaveCo
 from llavakit.training.data import Sample
 from llavakit.training.flops import CoreFlops, peak_flops
 from llavakit.training.objectives import COMPUTE_DTYPES, PackedLoss
+from llavakit.training.optim import build_optimizers
 from llavakit.training.packing import BestFitSource, Part
 from llavakit.training.reporting import StepRecord
 from llavakit.training.trainer import Trainer as OurTrainer
@@ -53,6 +55,7 @@ TRAINABLE = {
     "lora": ("*.lora_A", "*.lora_B"),
 }
 Precision = Literal["float32", "bfloat16"]
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -96,8 +99,39 @@ def measure(kind: str, checkpoint: Path, rounds: int) -> dict[str, Any]:
             "peer_mfu": round(flops / row["peers_s"][row["best_peer"]] / peak, 3),
             "our_gb": alone(kind, best)["gb"],
             "peer_gb": alone(kind, row["best_peer"])["gb"],
+            "our_breakdown_s": breakdown(kind, checkpoint, precision),
         }
     return rows
+
+
+def breakdown(kind: str, checkpoint: Path, precision: Precision) -> dict[str, float]:
+    """Return where the seconds of an epoch of ours go."""
+    core = our_core(kind, checkpoint, precision)
+    source, loss, dtype = our_source(kind, core), PackedLoss(precision), COMPUTE_DTYPES[precision]
+    weights = {name: weight for name, weight in core.named_parameters() if weight.requires_grad}
+    optimizers = build_optimizers(weights, OptimConfig(lr=1e-4), dtype=dtype)
+    seconds = dict.fromkeys(("batches", "tower", "forward", "backward", "optimizer"), 0.0)
+
+    def timed(part: str, work: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        done = work()
+        seconds[part] += time.perf_counter() - began
+        return done
+
+    num_batches = source.num_batches(0)
+    per_step = max(1, round(num_batches * SAMPLES_PER_STEP / NUM_SAMPLES))
+    for number in range(num_batches):
+        batch = timed("batches", functools.partial(source.batch, number)).batch
+        if batch.pixels_N3SS is not None:
+            seen = timed("tower", functools.partial(core.see, batch.pixels_N3SS, dtype=dtype))
+            batch = replace(batch, pixels_N3SS=None, seen_NPD=seen)
+        terms = timed("forward", functools.partial(loss.loss, core, batch))
+        timed("backward", terms.sum.backward)
+        if (number + 1) % per_step == 0:
+            for optimizer in optimizers:
+                timed("optimizer", optimizer.step)
+                optimizer.zero_grad()
+    return {part: round(value, 3) for part, value in seconds.items()}
 
 
 def most_memory() -> int:
