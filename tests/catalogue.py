@@ -170,7 +170,6 @@ ABSENT: dict[str, str] = {
     "B15": "the server opens no file that a request names",
     "C21": "requests cannot name themselves; ids are the server's",
     "D12": "a model may obey what a picture says: there are no tools, nothing is fetched, answers are shown as text",
-    "F24": "keys are long secrets; the proxy in front limits addresses",
 }
 """Faults without a test of their own, and why."""
 

@@ -21,7 +21,7 @@ from llavakit.server.config import ServerConfig
 from llavakit.server.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from llavakit.server.faults import HttpError, fault_of
 from llavakit.server.gate import Gate
-from llavakit.server.keys import Caller, Keys
+from llavakit.server.keys import Caller, Guesses, Keys
 from llavakit.server.openapi import document
 from llavakit.server.pages import PAGES
 from llavakit.server.protocol import ChatRequest, CompletionRequest, ScoreRequest, TokenizeRequest, read_request
@@ -45,6 +45,7 @@ class App:
         """With is_sagemaker /ping and /invocations are there too."""
         self.service, self.config, self.keys = service, config, keys
         self.gate = Gate(config, most=service.most_requests, has_keys=len(keys) > 0)
+        self.guesses = Guesses(config.wrong_keys_per_s)
         self.public = {"/health", *PAGES}
         self.routes: dict[str, dict[str, Handler]] = {
             "/health": {"GET": self._health},
@@ -112,7 +113,7 @@ class App:
         if not self._check_origin(exchange):
             await exchange.respond(204, b"", "text/plain", headers=_PREFLIGHT)
             return
-        caller = Caller("everybody", "") if exchange.path in self.public else self.keys.caller(exchange.headers)
+        caller = Caller("everybody", "") if exchange.path in self.public else self._caller(exchange)
         exchange.caller = caller.name
         handlers = self.routes.get(exchange.path)
         if handlers is None and exchange.path.startswith("/v1/models/"):
@@ -123,6 +124,18 @@ class App:
         if handler is None:
             raise HttpError(405, "method_not_allowed", f"the path takes {', '.join(handlers)}")
         await handler(exchange, caller)
+
+    def _caller(self, exchange: Exchange) -> Caller:
+        """Tell who asks. Raises: HttpError (401, 429)."""
+        try:
+            caller = self.keys.caller(exchange.headers)
+        except HttpError:
+            if exchange.header(b"authorization"):  # a question without any key is no guess
+                self.guesses.wrong(exchange.address)
+            raise
+        if len(self.keys):
+            self.guesses.right(exchange.address, caller)
+        return caller
 
     def _check_host(self, exchange: Exchange) -> None:
         """Refuse names that are not the server's: without keys a page elsewhere could make its name point here. Raises: HttpError."""
@@ -162,7 +175,8 @@ class App:
 
     async def _metrics(self, exchange: Exchange, caller: Caller) -> None:
         del caller
-        await exchange.respond(200, self.service.metrics.write(self.service.backend.stats()), "text/plain; version=0.0.4")
+        written = self.service.metrics.write(await self.service.backend.stats())
+        await exchange.respond(200, written, "text/plain; version=0.0.4")
 
     async def _openapi(self, exchange: Exchange, caller: Caller) -> None:
         del caller

@@ -80,8 +80,8 @@ class Backend(Protocol):
         """Tell whether a question waits for its first step."""
         ...
 
-    def stats(self) -> Stats | None:
-        """Count, where that is known here."""
+    async def stats(self) -> Stats | None:
+        """Count, over all engines; None where none of them says anything."""
         ...
 
     async def is_healthy(self) -> bool:
@@ -121,7 +121,7 @@ class LocalBackend:
         assert isinstance(answering, Stream)
         return self.engine.is_queued(answering)
 
-    def stats(self) -> Stats:
+    async def stats(self) -> Stats:
         """Count."""
         return self.engine.stats()
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import fields
 from typing import Any, Protocol, Self
 
 from llavakit.engine.engine import Stats
@@ -30,6 +31,7 @@ __all__ = ["ClusterBackend", "Remote", "Replica", "start_cluster"]
 _LOG = logger("server")
 _MOST_TRIES = 4
 _PING_S = 15.0
+_COUNT_S = 2.0
 _NAME = "llavakit"
 _ROUTER = "llavakit.server.ray_router:PrefixRouter"
 
@@ -71,6 +73,10 @@ class Replica:
     async def ping(self) -> None:
         """Answer."""
 
+    async def stats(self) -> Stats:
+        """Count."""
+        return await self._backend.stats()
+
     async def facts(self) -> dict[str, Any]:
         """Return what the server must know of the model."""
         backend = self._backend
@@ -89,6 +95,7 @@ class ClusterBackend:
         self,
         ask: Callable[[Question, str], Remote],
         ping: Callable[[], Awaitable[object]],
+        count: Callable[[], Awaitable[Sequence[object]]],
         leave: Callable[[], object],
         *,
         lost: tuple[type[Exception], ...],
@@ -97,8 +104,11 @@ class ClusterBackend:
         max_batch: int,
         adapters: tuple[str, ...],
     ) -> None:
-        """Ask gives a question to a replica; lost are the errors that mean that a replica is gone or took nothing."""
-        self._ask, self._ping, self._leave, self._lost = ask, ping, leave, lost
+        """Ask gives a question to a replica; lost are the errors that mean that a replica is gone or took nothing.
+
+        Count returns each replica's Stats, or what else came in their place.
+        """
+        self._ask, self._ping, self._count, self._leave, self._lost = ask, ping, count, leave, lost
         self.processor, self.context_len, self.max_batch, self._adapters = processor, context_len, max_batch, adapters
         self._open: set[_Asked] = set()
         self._is_draining = False
@@ -120,9 +130,16 @@ class ClusterBackend:
         """Tell whether a question has no token yet."""
         return not answering.has_begun
 
-    def stats(self) -> Stats | None:
-        """Counts are the replicas' own."""
-        return None
+    async def stats(self) -> Stats | None:
+        """Add up what the replicas say that are there and answer in time."""
+        try:
+            async with asyncio.timeout(_COUNT_S):
+                told = [found for found in await self._count() if isinstance(found, Stats)]
+        except TimeoutError:
+            return None
+        except self._lost:
+            return None
+        return Stats(**{field.name: sum(getattr(one, field.name) for one in told) for field in fields(Stats)}) if told else None
 
     async def is_healthy(self) -> bool:
         """Tell whether some replica answers."""
@@ -237,6 +254,7 @@ def start_cluster(load: Callable[[], LLM], config: ServerConfig, cluster: Cluste
     return ClusterBackend(
         streaming.answer.remote,
         lambda: handle.ping.remote(),
+        lambda: handle.broadcast("stats").results_async(return_exceptions=True),
         leave,
         lost=(ray.exceptions.RayActorError, RayServeException),
         processor=facts["processor"],

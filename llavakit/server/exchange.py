@@ -43,6 +43,7 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers: list[tuple[bytes, bytes]] = list(scope["headers"])
+        self.address: str = (scope.get("client") or ("",))[0]
         self.extra_headers: list[tuple[bytes, bytes]] = []
         self.status: int | None = None
         self.caller = ""

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
+from llavakit.server.allowance import Allowance
 from llavakit.server.config import ServerConfig
 from llavakit.server.faults import HttpError
 from llavakit.server.keys import Caller
@@ -26,9 +27,10 @@ class Gate:
 
     def __init__(self, config: ServerConfig, *, most: int, has_keys: bool, clock: Callable[[], float] = time.monotonic) -> None:
         """Most is how many requests may be inside."""
-        self._config, self._most, self._has_keys, self._clock = config, most, has_keys, clock
+        self._config, self._most, self._has_keys = config, most, has_keys
         self._inside: defaultdict[str, int] = defaultdict(int)
-        self._tokens: dict[str, tuple[float, float]] = {}
+        per_minute = config.requests_per_minute
+        self._allowance = Allowance(per_minute, per_minute / _MINUTE_S, clock) if per_minute else None
         self.num_inside = 0
         self.is_draining = False
 
@@ -54,16 +56,12 @@ class Gate:
 
     def _take(self, caller: Caller) -> None:
         """Take one of the requests that a key has in a minute; they come back evenly. Raises: HttpError (429)."""
-        most = self._config.requests_per_minute
-        if not most:
+        if self._allowance is None:
             return
-        now = self._clock()
-        left, then = self._tokens.get(caller.name, (float(most), now))
-        left = min(float(most), left + (now - then) * most / _MINUTE_S)
-        if left < 1:
-            wait_s = (1 - left) * _MINUTE_S / most
-            raise HttpError(429, "rate_limit_exceeded", f"a key may send {most} requests a minute", retry_s=int(wait_s) + 1)
-        self._tokens[caller.name] = (left - 1, now)
+        if wait_s := self._allowance.wait_s(caller.name):
+            told = f"a key may send {self._config.requests_per_minute} requests a minute"
+            raise HttpError(429, "rate_limit_exceeded", told, retry_s=int(wait_s) + 1)
+        self._allowance.take(caller.name)
 
 
 def _retry_s() -> int:

@@ -1,24 +1,28 @@
 """Who may ask.
 
-Owns: Keys and Caller. Invariants: keys are kept and compared as digests, in constant time; what a key is called in logs and in the cache
-says nothing of it.
+Owns: Keys, Guesses and Caller. Invariants: keys are kept and compared as digests, in constant time; what a key is called in logs and in the
+cache says nothing of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llavakit.errors import ConfigError
+from llavakit.server.allowance import Allowance
 from llavakit.server.faults import HttpError
 
-__all__ = ["Caller", "Keys", "read_keys"]
+__all__ = ["Caller", "Guesses", "Keys", "read_keys"]
 
 _MOST_KEY_BYTES = 1024
 _NAME_CHARS = 8
+_MOST_KNOWN = 4096
+_BURST_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,38 @@ class Keys:
             raise HttpError(401, "invalid_api_key", "a valid key is needed: Authorization: Bearer KEY")
         name = hashlib.sha256(b"llavakit caller " + digest).hexdigest()
         return Caller(name[:_NAME_CHARS], name if len(self._digests) > 1 else "")
+
+
+class Guesses:
+    """Slows down an address that tries keys.
+
+    Once it has used up its wrong ones, any key from there gets 429, so that nothing tells the right one; but whoever gave a right one there
+    before goes on, so that nobody behind the same proxy is locked out.
+    """
+
+    def __init__(self, per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Per_s is how many wrong keys an address may give in a second, those of _BURST_S seconds at once."""
+        self._allowance = Allowance(max(1.0, per_s * _BURST_S), per_s, clock)
+        self._known: dict[tuple[str, str], None] = {}
+
+    def wrong(self, address: str) -> None:
+        """Note a wrong key. Raises: HttpError (429)."""
+        self._check(address)
+        self._allowance.take(address)
+
+    def right(self, address: str, caller: Caller) -> None:
+        """Note a right key. Raises: HttpError (429)."""
+        pair = (address, caller.name)
+        if pair in self._known:
+            return
+        self._check(address)
+        if len(self._known) >= _MOST_KNOWN:
+            del self._known[next(iter(self._known))]
+        self._known[pair] = None
+
+    def _check(self, address: str) -> None:
+        if wait_s := self._allowance.wait_s(address):
+            raise HttpError(429, "rate_limit_exceeded", "too many wrong keys came from this address", retry_s=int(wait_s) + 1)
 
 
 def read_keys(path: Path) -> list[str]:

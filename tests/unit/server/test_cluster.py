@@ -4,12 +4,14 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from llavakit.engine.bulk import RowQuestions
+from llavakit.engine.engine import Stats
 from llavakit.engine.request import TokenEvent
 from llavakit.errors import BusyError, ConfigError, PromptError
 from llavakit.server.backend import Question
@@ -76,7 +78,9 @@ class Events:
         self.is_cancelled = True
 
 
-def backend(scripts: list[list[TokenEvent | Exception]], ping: Callable[[], Any] | None = None) -> tuple[ClusterBackend, list[Events]]:
+def backend(
+    scripts: list[list[TokenEvent | Exception]], ping: Callable[[], Any] | None = None, count: Callable[[], Any] | None = None
+) -> tuple[ClusterBackend, list[Events]]:
     given: list[Events] = []
 
     def ask(question: Question, key: str) -> Events:
@@ -88,7 +92,7 @@ def backend(scripts: list[list[TokenEvent | Exception]], ping: Callable[[], Any]
         return None
 
     facts = {"processor": miniature().processor, "context_len": 1024, "max_batch": 8, "adapters": ("a",)}
-    return ClusterBackend(ask, ping or fine, lambda: None, lost=(GoneError,), **facts), given  # type: ignore[arg-type]
+    return ClusterBackend(ask, ping or fine, count or fine, lambda: None, lost=(GoneError,), **facts), given  # type: ignore[arg-type]
 
 
 A, B = TokenEvent(0, 5, "a"), TokenEvent(0, 6, "b", is_last=True)
@@ -143,6 +147,22 @@ def test_health_is_that_of_some_replica() -> None:
     assert not asyncio.run(backend([[B]], gone)[0].is_healthy())
 
 
+def test_counts_are_added_up_over_those_who_tell() -> None:
+    def of(told: object) -> Stats | None:
+        async def count() -> Any:
+            if isinstance(told, Exception):
+                raise told
+            return told
+
+        return asyncio.run(backend([[B]], count=count)[0].stats())
+
+    one = Stats(**{field.name: place for place, field in enumerate(fields(Stats))})
+    assert of([one, GoneError(), one]) == Stats(**{field.name: 2 * place for place, field in enumerate(fields(Stats))})
+    assert of([GoneError()]) is None
+    assert of([]) is None
+    assert of(GoneError()) is None
+
+
 def test_a_replica_answers_as_the_engine_and_tells_errors_as_values() -> None:
     async def whole() -> None:
         replica = Replica(llm, ServerConfig(port=0))
@@ -154,6 +174,7 @@ def test_a_replica_answers_as_the_engine_and_tells_errors_as_values() -> None:
         assert refused.is_last
         assert isinstance(refused.error, PromptError)
         assert (await replica.facts())["context_len"] == miniature().requests.context_len
+        assert (await replica.stats()).num_tokens == len([event for event in events if event.token is not None])
         await replica.check_health()
         await replica._backend.close()
         with pytest.raises(RuntimeError):

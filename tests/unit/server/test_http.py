@@ -13,7 +13,8 @@ import pytest
 from llavakit.errors import CapacityError, ConfigError
 from llavakit.logs import show_logs
 from llavakit.server.config import ServerConfig
-from llavakit.server.keys import Keys, read_keys
+from llavakit.server.faults import HttpError
+from llavakit.server.keys import Guesses, Keys, read_keys
 from llavakit.server.pages import PAGES
 from llavakit.server.run import bind
 from tests.serving import Running, chat_body, data_url, picture, running
@@ -294,6 +295,40 @@ def test_a_key_has_so_many_requests_a_minute() -> None:
         assert reply.code == "rate_limit_exceeded"
         assert int(reply.headers["retry-after"]) >= 1
         assert server.chat(chat_body(), {"Authorization": f"Bearer {OTHER}"}).status == 200
+
+
+@pytest.mark.catalogue("F24")
+def test_an_address_that_tries_keys_is_slowed_down_and_learns_nothing() -> None:
+    def ask(key: str) -> int:
+        return server.ask("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"}).status
+
+    with running(ServerConfig(port=0, wrong_keys_per_s=0.2), keys=(KEY, OTHER)) as server:
+        assert ask(KEY) == 200
+        assert [ask(f"sk-{number}") for number in range(4)] == [401, 401, 429, 429]
+        assert ask(OTHER) == 429, "a guess that is right looks like one that is wrong"
+        assert ask(KEY) == 200, "who was there before goes on"
+        assert server.ask("GET", "/v1/models").status == 401
+        reply = server.ask("GET", "/v1/models", headers={"Authorization": "Bearer x"})
+        assert 1 <= int(reply.headers["retry-after"]) <= 5
+
+
+def test_an_address_gets_its_guesses_back_and_its_neighbours_keep_theirs() -> None:
+    now = 100.0
+    guesses = Guesses(2.0, clock=lambda: now)
+
+    def is_refused(address: str) -> bool:
+        try:
+            guesses.wrong(address)
+        except HttpError:
+            return True
+        return False
+
+    assert [is_refused("here") for _ in range(21)] == [False] * 20 + [True]
+    assert not is_refused("there")
+    now += 1.0
+    assert [is_refused("here") for _ in range(3)] == [False, False, True]
+    assert not any(is_refused(f"address {number}") for number in range(5000))
+    assert not is_refused("here"), "so many others came that it is forgotten: memory has a bound"
 
 
 @pytest.mark.catalogue("E9")
