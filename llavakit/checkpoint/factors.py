@@ -27,7 +27,8 @@ def load_lora(source: str | Path, core: LlamaCore | LlavaCore, *, revision: str 
     folder = resolve_model(source, revision=revision, allow_pickle=allow_pickle)
     adapter = open_for_core(folder, core, allow_pickle=allow_pickle)
     try:
-        shapes = {f"{module.name}.weight": module.shape for module in core.modules() if isinstance(module, AdaptedLinear)}
+        adapted = [module for module in core.modules() if isinstance(module, AdaptedLinear)]
+        shapes = {f"{name}.weight": shape for module in adapted for name, shape in module.shapes.items()}
         unfit = [change.path for target, change in adapter.changes.items() if target not in shapes or not change.is_sum]
         if unfit:
             raise CheckpointError(

@@ -51,20 +51,28 @@ class Adapting:
 
 
 class AdaptedLinear(nn.Module):
-    """A product with the adapters that are in use."""
+    """A product, or several of one input beside one another, with the adapters that are in use."""
 
-    def __init__(self, base: Linear | PackedLinear | QuantizedLinear, name: str, adapting: Adapting) -> None:
+    def __init__(self, base: Linear | PackedLinear | QuantizedLinear, parts: Mapping[str, int], adapting: Adapting) -> None:
+        """Take how many of the outputs belong to which name, in order."""
         super().__init__()
-        shape = (base.out_features, base.in_features)
-        self.base, self.name, self.adapting, self.shape = base, name, adapting, shape
+        self.base, self.adapting = base, adapting
+        self.shapes = {name: (num_outputs, base.in_features) for name, num_outputs in parts.items()}
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply [M, I], or [..., I] where one adapter has every row."""
         output: Tensor = self.base(input)
         for rows_M, lora in self.adapting.active:
-            added = lora.added(self.name, input if rows_M is None else input[rows_M])
-            if added is not None:
-                output = output + added if rows_M is None else output.index_put((rows_M,), output[rows_M] + added)
+            chosen = input if rows_M is None else input[rows_M]
+            begin = 0
+            for name, (num_outputs, _) in self.shapes.items():
+                part = output[..., begin : begin + num_outputs]
+                begin += num_outputs
+                added = lora.added(name, chosen)
+                if added is not None and rows_M is None:
+                    part += added
+                elif added is not None:
+                    part[rows_M] += added
         return output
 
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
 from llavakit.model.decoder import DecoderLayer, RowParallelLinear, SwiGlu, TokenEmbedding
+from llavakit.model.fused import FusedLayer, JoinedLinear
 from llavakit.model.linear import Linear, PackedLinear, QuantizedLinear
 from llavakit.model.llava import LlamaCore
 from llavakit.model.lora import AdaptedLinear, Adapting
@@ -27,6 +28,7 @@ from llavakit.model.lora_config import LoraConfig
 from llavakit.model.lora_linear import LoraLinear
 from llavakit.model.projector import MultiModalProjector
 from llavakit.ops.attention import Attention
+from llavakit.ops.cpu.library import load_kernels
 from llavakit.ops.gate import steady_gate
 from llavakit.ops.quantize.weights import KINDS, quantize_nf4
 
@@ -126,10 +128,19 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
 def fuse(model: nn.Module, dtype: torch.dtype) -> bool:
     """Make a model on the CPU one for inference in dtype alone: faster, and each row's result the same in any company.
 
-    Products are cast and packed one after another and the weights they had are let go, so that memory holds one of them twice at most; the
-    model can neither train nor be saved afterwards. Returns whether the promise about company holds for every product.
+    Products are cast and packed one after another (those of one input together) and the weights they had are let go, so that memory holds
+    one of them twice at most; the model can neither train nor be saved afterwards. Layers become fused ones where the kernels can do that.
+    Returns whether the promise about company holds for every product.
     """
     steady: list[bool] = []
+    kernels = load_kernels() if dtype in (torch.float32, torch.bfloat16) else None
+
+    def fused(_: str, layer: DecoderLayer) -> nn.Module:
+        if kernels is None or any(isinstance(module, QuantizedLinear | LoraLinear) for module in layer.modules()):
+            return layer
+        made = FusedLayer(layer, dtype, kernels)
+        steady.append(made.is_steady)
+        return made
 
     def packed(_: str, child: Linear) -> PackedLinear:
         num_slices = child.config.pretraining_tp if isinstance(child, RowParallelLinear) else 1
@@ -137,6 +148,7 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> bool:
         steady.append(product.is_steady)
         return product
 
+    _replace(model, (DecoderLayer,), fused)
     _replace(model, (Linear,), packed)
     for module in model.modules():
         if isinstance(module, SwiGlu):
@@ -212,7 +224,12 @@ def adapt(model: nn.Module) -> Adapting:
     adapting = Adapting()
 
     def adapted(path: str, child: Linear | PackedLinear | QuantizedLinear) -> nn.Module:
-        return child if path.rpartition(".")[2] == "lm_head" else AdaptedLinear(child, path, adapting)
+        if path.rpartition(".")[2] == "lm_head":
+            return child
+        if isinstance(child, JoinedLinear):
+            layer = path.rpartition(".")[0]
+            return AdaptedLinear(child, {f"{layer}.{name}": num_outputs for name, num_outputs in child.parts.items()}, adapting)
+        return AdaptedLinear(child, {path: child.out_features}, adapting)
 
     _replace(model, (Linear, PackedLinear, QuantizedLinear), adapted)
     return adapting
@@ -220,7 +237,7 @@ def adapt(model: nn.Module) -> Adapting:
 
 def _replace(model: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[str, Any], nn.Module]) -> None:
     """Put what make returns for a path and a module in the place of every module of these kinds, and keep none of the old ones alive."""
-    parents = [(path, module) for path, module in model.named_modules() if not isinstance(module, kinds)]
+    parents = [(path, module) for path, module in model.named_modules() if any(isinstance(child, kinds) for child in module.children())]
     for path, parent in parents:
         for name in [name for name, child in parent.named_children() if isinstance(child, kinds)]:
             setattr(parent, name, make(f"{path}.{name}" if path else name, getattr(parent, name)))

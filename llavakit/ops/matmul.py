@@ -7,15 +7,19 @@ Legend: M rows  I inputs  O outputs
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llavakit.ops.cpu.library import load_kernels
+from llavakit.ops.cpu.library import Weight, load_kernels
 
 __all__ = ["PackedWeight"]
 
 _PANEL = 64  # outputs of a panel, as the C file has them
+_LARGE_PAGE = 2 << 20
 _LEAST_ROWS = 2  # of oneDNN's product: one row is multiplied otherwise
 
 
@@ -31,13 +35,29 @@ class PackedWeight:
         packed = _onednn(weight_OI) if is_known and self._kernels is None else None
         self.is_steady = self._kernels is not None or packed is not None
         """Whether a row's bits depend on nothing but the row."""
-        self._weight = _panels(weight_OI) if self._kernels is not None else weight_OI.contiguous() if packed is None else packed
+        self._step = 1 if self._kernels is None or weight_OI.dtype == torch.float32 else self._kernels.half_inputs
+        if self._kernels is not None:
+            self._weight = _panels(weight_OI, self._step)
+        else:
+            self._weight = weight_OI.contiguous() if packed is None else packed
+
+    def pointers(self) -> Weight | None:
+        """Return what the kernels take of it in other calls, with num_filled inputs a row; None where it is not theirs."""
+        if self._kernels is None:
+            return None
+        bias = None if self.bias is None else self.bias.data_ptr()
+        return Weight(self._weight.data_ptr(), bias, self.num_outputs, self._weight.shape[1])
+
+    @property
+    def num_filled(self) -> int:
+        """Inputs of a row for the kernels, filled up with zeros."""
+        return self.num_inputs + -self.num_inputs % self._step
 
     def multiply(self, x_MI: Tensor) -> Tensor:
         """Return x w^T + bias: [M, O]."""
         if self._kernels is not None:
-            if self.num_inputs % 2 and x_MI.dtype == torch.bfloat16:
-                x_MI = F.pad(x_MI, (0, 1))
+            if self.num_filled > self.num_inputs:
+                x_MI = F.pad(x_MI, (0, self.num_filled - self.num_inputs))
             return self._kernels.matmul(x_MI, self._weight, self.bias, self.num_outputs)
         if not self.is_steady:
             return F.linear(x_MI, self._weight, self.bias)
@@ -48,12 +68,22 @@ class PackedWeight:
         return y_MO[:num_rows]
 
 
-def _panels(weight_OI: Tensor) -> Tensor:
-    """Return the weight as the kernel reads it: [P, I, 64], or in bfloat16 [P, I / 2, 64, 2]; what is missing is zero."""
-    step = 2 if weight_OI.dtype == torch.bfloat16 else 1
-    num_outputs, num_inputs = weight_OI.shape
-    filled = F.pad(weight_OI, (0, -num_inputs % step, 0, -num_outputs % _PANEL))
-    return filled.view(-1, _PANEL, filled.shape[1] // step, step).transpose(1, 2).contiguous()
+def _panels(weight_OI: Tensor, step: int) -> Tensor:
+    """Return the weight as the kernel reads it: [P, I, 64], or in bfloat16 [P, I / 2, 64, 2]; what is missing to a step is zero."""
+    together = 2 if weight_OI.dtype == torch.bfloat16 else 1
+    filled = F.pad(weight_OI, (0, -weight_OI.shape[1] % step, 0, -weight_OI.shape[0] % _PANEL))
+    panels = filled.view(-1, _PANEL, filled.shape[1] // together, together).transpose(1, 2)
+    return _memory(panels.numel() * panels.itemsize).view(panels.dtype).view(panels.shape).copy_(panels)
+
+
+def _memory(num_bytes: int) -> Tensor:
+    """Return bytes, on the system's larger pages where it has some: whole weights are read with every token."""
+    if num_bytes < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _onednn(weight_OI: Tensor) -> Tensor | None:

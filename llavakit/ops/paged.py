@@ -8,7 +8,6 @@ Legend: T tokens  N heads  K key-value heads  G = N / K  H head width  W = H fil
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +37,20 @@ class Paged:
         self.positions_T = torch.tensor([position for row in rows for position in range(row.first, row.stop)])
         self.slots_T = torch.tensor([slot for row in rows for slot in row.slots()])
         self._positions_T = self.positions_T.int()
+        self._given = Attention(
+            slots=self.slots_T.data_ptr(),
+            positions=self._positions_T.data_ptr(),
+            starts=self.starts.data_ptr(),
+            tables=self.tables.data_ptr(),
+            num_sequences=len(rows),
+            table_width=longest,
+            num_kv_heads=pages.shape.num_kv_heads,
+            head_dim=pages.shape.head_dim,
+            width=pages.shape.width,
+            window=pages.shape.window or 0,
+            scale=pages.shape.head_dim**-0.5,
+            num_threads=torch.get_num_threads(),
+        )
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Store the new keys and values, then attend."""
@@ -45,8 +58,7 @@ class Paged:
         dtype = q_TNH.dtype
         if self.kernels is not None:
             q, k, v = (x.to(keys.dtype).contiguous() for x in (q_TNH, k_TKH, v_TKH))
-            self.kernels.append(k, v, self.slots_T, keys, values)
-            return self._attend_in_c(self.kernels, q, keys, values).to(dtype)
+            return self._attend_in_c(self.kernels, q, k, v, keys, values).to(dtype)
         _append(k_TKH, v_TKH, self.slots_T, keys, values)
         starts = self.starts.tolist()
         outputs = [
@@ -55,29 +67,11 @@ class Paged:
         ]
         return torch.cat(outputs).to(dtype)
 
-    def _attend_in_c(self, kernels: Kernels, q_TNH: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        o_TNH = torch.empty_like(q_TNH)
-        kernels.attend(
-            Attention(
-                q=q_TNH.data_ptr(),
-                o=o_TNH.data_ptr(),
-                positions=self._positions_T.data_ptr(),
-                starts=self.starts.data_ptr(),
-                tables=self.tables.data_ptr(),
-                keys=keys.data_ptr(),
-                values=values.data_ptr(),
-                num_sequences=len(self.rows),
-                table_width=self.tables.shape[1],
-                num_heads=q_TNH.shape[1],
-                num_kv_heads=keys.shape[1],
-                head_dim=q_TNH.shape[2],
-                width=keys.shape[2],
-                window=0 if self.pages.shape.window is None else self.pages.shape.window,
-                scale=ctypes.c_float(q_TNH.shape[2] ** -0.5),
-                num_threads=torch.get_num_threads(),
-            ),
-            is_half=keys.dtype == torch.bfloat16,
-        )
+    def _attend_in_c(self, kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        o_TNH, given = torch.empty_like(q), self._given
+        given.q, given.k, given.v, given.o = q.data_ptr(), k.data_ptr(), v.data_ptr(), o_TNH.data_ptr()
+        given.keys, given.values, given.num_heads = keys.data_ptr(), values.data_ptr(), q.shape[1]
+        kernels.attend(given, is_half=keys.dtype == torch.bfloat16)
         return o_TNH
 
 

@@ -78,4 +78,23 @@ static inline void store_one(void *to, size_t index, float x, const int is_half)
         ((float *)to)[index] = x;
 }
 
+/* Up to sixteen elements from index on; what is missing is zero, and is not written. */
+static inline lanes load_some(const void *from, size_t index, int64_t count, const int is_half) {
+    if (count >= 16) return load(from, index, is_half);
+    lanes x = all(0);
+    for (int64_t z = 0; z < count; z++) x[z] = load_one(from, index + z, is_half);
+    return x;
+}
+
+static inline void store_some(void *to, size_t index, lanes x, int64_t count, const int is_half) {
+    if (count >= 16) {
+        store(to, index, x, is_half);
+        return;
+    }
+    for (int64_t z = 0; z < count; z++) store_one(to, index + z, x[z], is_half);
+}
+
+/* What storing x and loading it again makes of it. */
+static inline lanes rounded(lanes x, const int is_half) { return is_half ? from_halves(to_halves(x)) : x; }
+
 #endif

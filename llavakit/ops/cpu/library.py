@@ -22,85 +22,198 @@ from torch import Tensor
 
 from llavakit.logs import logger
 
-__all__ = ["Kernels", "load_kernels"]
+__all__ = ["Attention", "Kernels", "LayerWeights", "Weight", "load_kernels"]
 
 _LOG = logger("ops")
 _FOLDER = Path(__file__).parent
-_SOURCES, _HEADERS = ("paged_attention.c", "matmul.c", "gate.c"), ("lanes.h",)
+_SOURCES = ("paged_attention.c", "matmul.c", "gate.c", "norm.c", "rotary.c", "layer.c")
+_HEADERS = ("kernels.h", "lanes.h")
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
 _CACHE = Path(".cache") / "llavakit"
 _TIMEOUT_S = 120
 
 
+def _fields(names: str, kind: type) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
 class Attention(ctypes.Structure):
-    """The arguments of one call, as the C file has them."""
+    """The arguments of one call, as kernels.h has them; so for the others."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "o", "positions", "starts", "tables", "keys", "values")),
-        *((name, ctypes.c_int32) for name in ("num_sequences", "table_width", "num_heads", "num_kv_heads", "head_dim", "width", "window")),
+        *_fields("q k v o keys values slots positions starts tables", ctypes.c_void_p),
+        *_fields("num_sequences table_width num_heads num_kv_heads head_dim width window", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("num_threads", ctypes.c_int32),
     )
 
 
-class Product(ctypes.Structure):
-    """The arguments of a product, as the C file has them."""
+class _Product(ctypes.Structure):
+    _fields_ = (
+        *_fields("x w bias y", ctypes.c_void_p),
+        *_fields("num_rows num_outputs num_steps", ctypes.c_int64),
+        ("num_threads", ctypes.c_int32),
+    )
+
+
+class _NormRows(ctypes.Structure):
+    _fields_ = (
+        *_fields("x added weight sum y", ctypes.c_void_p),
+        *_fields("num_rows width", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("num_threads", ctypes.c_int32),
+    )
+
+
+class _RotaryRows(ctypes.Structure):
+    _fields_ = (
+        *_fields("x cos sin q k v", ctypes.c_void_p),
+        *_fields("num_tokens num_heads num_kv_heads head_dim", ctypes.c_int64),
+        ("num_threads", ctypes.c_int32),
+    )
+
+
+class _GateRows(ctypes.Structure):
+    _fields_ = (
+        *_fields("gate up out", ctypes.c_void_p),
+        *_fields("num_rows width stride out_stride", ctypes.c_int64),
+        ("num_threads", ctypes.c_int32),
+    )
+
+
+class Weight(ctypes.Structure):
+    """A packed weight and its bias."""
+
+    _fields_ = (*_fields("w bias", ctypes.c_void_p), *_fields("num_outputs num_steps", ctypes.c_int64))
+
+
+class LayerWeights(ctypes.Structure):
+    """A decoder layer, as layer.c has it; whoever makes one keeps its tensors alive."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "w", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("num_rows", "num_outputs", "num_steps")),
+        *_fields("qkv out gate_up down", Weight),
+        *_fields("input_norm inner_norm", ctypes.c_void_p),
+        *_fields("width inner filled num_heads num_kv_heads head_dim", ctypes.c_int64),
+        *_fields("input_eps inner_eps", ctypes.c_float),
+    )
+
+
+class _LayerRows(ctypes.Structure):
+    _fields_ = (
+        *_fields("layer x cos sin attended q k v y scratch", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
         ("num_threads", ctypes.c_int32),
     )
 
 
 class Kernels:
-    """The compiled functions; tensors must be contiguous, on the CPU, and of the dtypes that the C file names."""
+    """The compiled functions; tensors must be contiguous, on the CPU, and float32 or bfloat16, all of a call alike."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._attend, self._append = library.attend, {4: library.append_float, 2: library.append_half}
-        pointers, numbers = [ctypes.c_void_p] * 3, [ctypes.c_int32] * 4
-        self._gate = library.gate
-        self._gate.argtypes, self._gate.restype = [*pointers, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32], None
-        self._attend.argtypes, self._attend.restype = [ctypes.c_void_p, ctypes.c_int32], None
-        self._matmul = library.matmul
-        self._matmul.argtypes, self._matmul.restype = [ctypes.c_void_p, ctypes.c_int32], None
-        for append in self._append.values():
-            append.argtypes, append.restype = [*pointers, *numbers, ctypes.c_void_p, ctypes.c_void_p], None
-
-    def append(self, k_TKH: Tensor, v_TKH: Tensor, slots_T: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put new keys and values into their slots (int64, page * PAGE + place)."""
-        num_tokens, num_heads, head_dim = k_TKH.shape
-        pointers = k_TKH.data_ptr(), v_TKH.data_ptr(), slots_T.data_ptr()
-        self._append[keys.itemsize](*pointers, num_tokens, num_heads, head_dim, keys.shape[2], keys.data_ptr(), values.data_ptr())
+        functions = [library.attend, library.matmul, library.gate, library.norm, library.rotary]
+        functions += [library.before_attention, library.after_attention]
+        for function in functions:
+            function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int32], None
+        self._attend, self._matmul, self._gate, self._norm, self._rotary, self._before, self._after = functions
+        self.half_inputs: int = library.half_inputs()
+        """Inputs of a product in bfloat16 are filled up to a multiple of this."""
 
     def attend(self, arguments: Attention, *, is_half: bool) -> None:
-        """Fill the output rows."""
+        """Store new keys and values, and fill the output rows."""
         self._attend(ctypes.byref(arguments), is_half)
 
     def matmul(self, x_MI: Tensor, panels: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
         """Multiply by a weight in panels [P, steps, 64 (, 2)] of the same dtype: y [M, num_outputs]."""
         x_MI = x_MI.contiguous()
         y_MO = x_MI.new_empty(x_MI.shape[0], num_outputs)
-        product = Product(
-            x=x_MI.data_ptr(),
-            w=panels.data_ptr(),
-            bias=None if bias is None else bias.data_ptr(),
-            y=y_MO.data_ptr(),
-            num_rows=x_MI.shape[0],
-            num_outputs=num_outputs,
-            num_steps=panels.shape[1],
-            num_threads=torch.get_num_threads(),
+        bias_at = None if bias is None else bias.data_ptr()
+        given = _Product(
+            x_MI.data_ptr(),
+            panels.data_ptr(),
+            bias_at,
+            y_MO.data_ptr(),
+            x_MI.shape[0],
+            num_outputs,
+            panels.shape[1],
+            torch.get_num_threads(),
         )
-        self._matmul(ctypes.byref(product), x_MI.dtype == torch.bfloat16)
+        self._matmul(ctypes.byref(given), x_MI.dtype == torch.bfloat16)
         return y_MO
 
     def gate(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Return silu(gate) * up, float32 or bfloat16."""
+        """Return silu(gate) * up."""
         gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(gate)
-        is_half = gate.dtype == torch.bfloat16
-        self._gate(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel(), torch.get_num_threads(), is_half)
+        return self._gated(gate.data_ptr(), up.data_ptr(), torch.empty_like(gate), 1, gate.numel(), gate.numel())
+
+    def gate_halves(self, x_TG: Tensor) -> Tensor:
+        """Return silu(first half of each row) * second half."""
+        num_rows, width = x_TG.shape[0], x_TG.shape[1] // 2
+        gate = x_TG.data_ptr()
+        return self._gated(gate, gate + width * x_TG.itemsize, x_TG.new_empty(num_rows, width), num_rows, width, 2 * width)
+
+    def _gated(self, gate: int, up: int, out: Tensor, num_rows: int, width: int, stride: int) -> Tensor:
+        given = _GateRows(gate, up, out.data_ptr(), num_rows, width, stride, width, torch.get_num_threads())
+        self._gate(ctypes.byref(given), out.dtype == torch.bfloat16)
         return out
+
+    def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, added_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return x, or x + added, and its norm."""
+        y_TD = torch.empty_like(x_TD)
+        sum_TD = x_TD if added_TD is None else torch.empty_like(x_TD)
+        added_at = None if added_TD is None else added_TD.data_ptr()
+        pointers = x_TD.data_ptr(), added_at, weight_D.data_ptr(), sum_TD.data_ptr(), y_TD.data_ptr()
+        self._norm(ctypes.byref(_NormRows(*pointers, *x_TD.shape, eps, torch.get_num_threads())), x_TD.dtype == torch.bfloat16)
+        return sum_TD, y_TD
+
+    def rotary(self, x_TX: Tensor, cos_T1H: Tensor, sin_T1H: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Part rows of queries, keys and values, and rotate the first two: q_TNH, k_TKH, v_TKH."""
+        sizes = x_TX.shape[0], num_heads, num_kv_heads, cos_T1H.shape[-1]
+        q_TNH, k_TKH, v_TKH = _heads(x_TX, *sizes)
+        pointers = (tensor.data_ptr() for tensor in (x_TX, cos_T1H, sin_T1H, q_TNH, k_TKH, v_TKH))
+        self._rotary(ctypes.byref(_RotaryRows(*pointers, *sizes, torch.get_num_threads())), x_TX.dtype == torch.bfloat16)
+        return q_TNH, k_TKH, v_TKH
+
+    def before_attention(self, layer: LayerWeights, x_TD: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run a layer up to its attention: norm, product and rotary() at once."""
+        num_tokens, head_dim = x_TD.shape[0], layer.head_dim
+        q_TNH, k_TKH, v_TKH = _heads(x_TD, num_tokens, layer.num_heads, layer.num_kv_heads, head_dim)
+        scratch = x_TD.new_empty(num_tokens * (layer.width + (layer.num_heads + 2 * layer.num_kv_heads) * head_dim))
+        given = _LayerRows(
+            layer=ctypes.addressof(layer),
+            x=x_TD.data_ptr(),
+            cos=cos_T1H.data_ptr(),
+            sin=sin_T1H.data_ptr(),
+            q=q_TNH.data_ptr(),
+            k=k_TKH.data_ptr(),
+            v=v_TKH.data_ptr(),
+            scratch=scratch.data_ptr(),
+            num_rows=num_tokens,
+            num_threads=torch.get_num_threads(),
+        )
+        self._before(ctypes.byref(given), x_TD.dtype == torch.bfloat16)
+        return q_TNH, k_TKH, v_TKH
+
+    def after_attention(self, layer: LayerWeights, x_TD: Tensor, attended_TNH: Tensor) -> Tensor:
+        """Run a layer on from its attention: product, sum, norm, feed-forward and sum at once."""
+        attended_TNH = attended_TNH.contiguous()
+        y_TD, scratch = torch.empty_like(x_TD), x_TD.new_empty(x_TD.shape[0] * (3 * layer.width + 2 * layer.inner + layer.filled))
+        given = _LayerRows(
+            layer=ctypes.addressof(layer),
+            x=x_TD.data_ptr(),
+            attended=attended_TNH.data_ptr(),
+            y=y_TD.data_ptr(),
+            scratch=scratch.data_ptr(),
+            num_rows=x_TD.shape[0],
+            num_threads=torch.get_num_threads(),
+        )
+        self._after(ctypes.byref(given), x_TD.dtype == torch.bfloat16)
+        return y_TD
+
+
+def _heads(x: Tensor, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return memory for queries, keys and values."""
+    k_TKH, v_TKH = x.new_empty(2, num_tokens, num_kv_heads, head_dim).unbind()
+    return x.new_empty(num_tokens, num_heads, head_dim), k_TKH, v_TKH
 
 
 @functools.cache

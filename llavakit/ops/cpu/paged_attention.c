@@ -8,6 +8,7 @@
  * multiple of 32. Queries and outputs are [T][N][H] in the pages' dtype, sums are float32.
  * T rows  N heads  Kh key-value heads  H head width  B sequences
  */
+#include "kernels.h"
 #include "lanes.h"
 
 #define PAGE 32
@@ -15,21 +16,8 @@
 #define MOST_WIDTH 256
 #define SERIAL_WORK 65536 /* products below which a team of threads costs more than it saves */
 
-typedef struct {
-    const void *q;
-    void *o;
-    const int32_t *positions; /* [T], of each row in its sequence */
-    const int32_t *starts;    /* [B + 1], first row of each sequence */
-    const int32_t *tables;    /* [B][table_width], pages of each sequence */
-    const void *keys, *values;
-    int32_t num_sequences, table_width, num_heads, num_kv_heads, head_dim, width;
-    int32_t window; /* positions that a row sees, itself included; 0 sees all before it */
-    float scale;
-    int32_t num_threads;
-} Attention;
-
 /* R query rows of one sequence and one key-value head over all pages that any of them sees. */
-static inline __attribute__((always_inline)) void tile(const Attention *a, const int32_t *table, int head, const size_t *rows,
+static inline __attribute__((always_inline)) void tile(const attention *a, const int32_t *table, int head, const size_t *rows,
                                                        const int32_t *positions, const int R, const int is_half) {
     const int H = a->head_dim, W = a->width;
     float q[MOST_ROWS][MOST_WIDTH] __attribute__((aligned(64)));
@@ -111,7 +99,7 @@ static inline __attribute__((always_inline)) void tile(const Attention *a, const
         for (int d = 0; d < H; d++) store_one(a->o, rows[r] * H + d, sums[r][d] / total[r], is_half);
 }
 
-static void attend_rows(const Attention *a, const int32_t *table, int head, const size_t *rows, const int32_t *positions, int count, int is_half) {
+static void attend_rows(const attention *a, const int32_t *table, int head, const size_t *rows, const int32_t *positions, int count, int is_half) {
 #define CASE(R)                                                 \
     case R:                                                     \
         if (is_half)                                            \
@@ -125,8 +113,35 @@ static void attend_rows(const Attention *a, const int32_t *table, int head, cons
 #undef CASE
 }
 
-/* Attend all rows. A unit of work is one tile: some rows of one sequence under one key-value head. */
-void attend(const Attention *a, int is_half) {
+/* Put the new keys and values into their slots; copies, so any dtype of their size will do. */
+static inline __attribute__((always_inline)) void append_head(const attention *a, int64_t row, int head, const int is_half) {
+    const int K = a->num_kv_heads, H = a->head_dim, W = a->width;
+    const size_t size = is_half ? 2 : 4, from = ((size_t)row * K + head) * H * size;
+    const size_t page = (size_t)(a->slots[row] / PAGE), place = (size_t)(a->slots[row] % PAGE), at = (page * K + head) * W * PAGE;
+    const char *k = (const char *)a->k + from;
+    char *key = (char *)a->keys + (at + place) * size, *value = (char *)a->values + (at + place * W) * size;
+    for (int d = 0; d < H; d++) memcpy(key + d * PAGE * size, k + d * size, size);
+    for (int d = H; d < W; d++) memset(key + d * PAGE * size, 0, size);
+    memcpy(value, (const char *)a->v + from, H * size);
+    memset(value + H * size, 0, (W - H) * size);
+}
+
+static void append(const attention *a, int is_half) {
+    const int64_t num_rows = a->starts[a->num_sequences];
+    const int team = num_rows * a->num_kv_heads * a->width < SERIAL_WORK / 8 ? 1 : a->num_threads;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(team)
+    for (int head = 0; head < a->num_kv_heads; head++)
+        for (int64_t row = 0; row < num_rows; row++) {
+            if (is_half)
+                append_head(a, row, head, 1);
+            else
+                append_head(a, row, head, 0);
+        }
+}
+
+/* Store the new keys and values, then attend all rows. A unit of work is one tile: some rows of one sequence under one key-value head. */
+void attend(const attention *a, int is_half) {
+    append(a, is_half);
     const int G = a->num_heads / a->num_kv_heads, B = a->num_sequences;
     int64_t num_units = 0, work = 0;
     for (int b = 0; b < B; b++) {
@@ -157,19 +172,3 @@ void attend(const Attention *a, int is_half) {
         attend_rows(a, a->tables + (size_t)b * a->table_width, head, rows, positions, count, is_half);
     }
 }
-
-/* Put T new keys and values [T][Kh][H] into their slots (page * PAGE + place); copies, so any dtype of that size will do. */
-#define APPEND(NAME, TYPE)                                                                                                             \
-    void NAME(const TYPE *k, const TYPE *v, const int64_t *slots, int T, int Kh, int H, int W, TYPE *keys, TYPE *values) {             \
-        for (int t = 0; t < T; t++)                                                                                                    \
-            for (int h = 0; h < Kh; h++) {                                                                                             \
-                const size_t at = ((size_t)(slots[t] / PAGE) * Kh + h) * W * PAGE, from = ((size_t)t * Kh + h) * H;                    \
-                TYPE *column = keys + at + slots[t] % PAGE, *row = values + at + (size_t)(slots[t] % PAGE) * W;                        \
-                for (int d = 0; d < H; d++) column[(size_t)d * PAGE] = k[from + d];                                                    \
-                for (int d = H; d < W; d++) column[(size_t)d * PAGE] = 0;                                                              \
-                memcpy(row, v + from, H * sizeof(TYPE));                                                                               \
-                memset(row + H, 0, (W - H) * sizeof(TYPE));                                                                            \
-            }                                                                                                                          \
-    }
-APPEND(append_float, float)
-APPEND(append_half, uint16_t)
