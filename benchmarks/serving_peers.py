@@ -2,12 +2,13 @@
 
 `python -m benchmarks.serving_peers --llama-server PATH` starts each server in turn (ours, theirs, ours, ...), lets 1, 8 and 64 clients ask
 at once, and writes benchmarks/results/serving_peers.json: tokens per second over all clients, and seconds to the first token. transformers
-serves with continuous batching and without; llama-server with as many slots as clients and a cache for all, in the weights' own dtype.
+serves with continuous batching and without; llama-server with as many slots as clients and a cache for all, in bfloat16 and in float16.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -32,8 +33,18 @@ from llavakit.engine.llm import MINIATURE
 from llavakit.model.config import LlamaConfig
 from llavakit.processing.tokenizer.slow import LlamaTokenizer
 
-NUM_CLIENTS = (1, 8, 64)
-NUM_TOKENS = 16
+NUM_TOKENS = {1: 64, 8: 32, 64: 16}
+"""Tokens of each answer, by the number of clients."""
+SHAPES = {
+    "0.2B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+}
 CONTEXT = 512
 _START_S = 180.0
 JINJA = (
@@ -47,33 +58,39 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--llama-server", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--servers", nargs="*", help="those whose names begin so; all when left out")
     options = parser.parse_args()
+    shapes = {shape: compared(shape, options) for shape in options.shapes}
+    facts = {"model": "random Llama, bfloat16", "tokens": NUM_TOKENS, "rounds": options.rounds, "shapes": shapes}
+    write_result("serving_peers", "python -m benchmarks.serving_peers --llama-server PATH", facts)
+
+
+def compared(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure all servers with a model of one shape; medians of the rounds."""
     with tempfile.TemporaryDirectory() as place:
-        folder = model_folder(Path(place) / "model")
+        folder = model_folder(Path(place) / "model", SHAPES[shape])
         servers = commands(folder, options.llama_server)
+        if options.servers:
+            servers = {name: command for name, command in servers.items() if name.startswith(tuple(options.servers))}
         rows: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name in servers}
         for number in range(options.rounds):
             for name in sorted(servers, reverse=number % 2 == 1):
                 for count, found in measured(servers[name], folder).items():
                     rows[name].setdefault(str(count), []).append(found)
-                    print(number, name, count, found, file=sys.stderr)
-    shown = {
+                    print(shape, number, name, count, found, file=sys.stderr)
+    return {
         name: {count: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for count, runs in by_count.items()}
         for name, by_count in rows.items()
     }
-    facts = {"model": "Llama, 16 layers of width 1024, bfloat16", "tokens": NUM_TOKENS, "rounds": options.rounds, "servers": shown}
-    write_result("serving_peers", "python -m benchmarks.serving_peers --llama-server PATH", facts)
 
 
-def model_folder(folder: Path) -> Path:
+def model_folder(folder: Path, shape: Mapping[str, int]) -> Path:
     """Save a random Llama with the miniature's words, and the same as GGUF beside it."""
     tokenizer = LlamaTokenizer.from_pretrained(MINIATURE)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=16,
-        num_attention_heads=16,
+        **shape,
         max_position_embeddings=CONTEXT,
         bos_token_id=1,
         eos_token_id=2,
@@ -91,7 +108,7 @@ def model_folder(folder: Path) -> Path:
 def commands(folder: Path, llama_server: Path | None) -> Mapping[str, Callable[[int], list[str]]]:
     """How each server is started on a port."""
     scripts = Path(sys.executable).parent
-    slots = max(NUM_CLIENTS)
+    slots = max(NUM_TOKENS)
     found: dict[str, Callable[[int], list[str]]] = {
         "llava serve": lambda port: [
             *(str(scripts / "llava"), "serve", "--model", str(folder), "--name", str(folder), "--port", str(port)),
@@ -104,11 +121,16 @@ def commands(folder: Path, llama_server: Path | None) -> Mapping[str, Callable[[
     }
     if llama_server is not None:
         gguf = str(next((folder.parent / "model.gguf").glob("*.gguf")))
-        found["llama-server"] = lambda port: [
-            *(str(llama_server), "--model", gguf, "--port", str(port), "--threads", str(torch.get_num_threads()), "--no-webui"),
-            *("--parallel", str(slots), "--ctx-size", str(slots * CONTEXT), "--cache-type-k", "bf16", "--cache-type-v", "bf16"),
-        ]
+        for kind in ("bf16", "f16"):
+            found[f"llama-server, {kind} cache"] = functools.partial(_llama_command, llama_server, gguf, slots, kind)
     return found
+
+
+def _llama_command(llama_server: Path, gguf: str, slots: int, kind: str, port: int) -> list[str]:
+    return [
+        *(str(llama_server), "--model", gguf, "--port", str(port), "--threads", str(torch.get_num_threads()), "--no-webui"),
+        *("--parallel", str(slots), "--ctx-size", str(slots * CONTEXT), "--cache-type-k", kind, "--cache-type-v", kind),
+    ]
 
 
 def measured(command: Callable[[int], list[str]], folder: Path) -> dict[int, dict[str, float]]:
@@ -122,9 +144,9 @@ def measured(command: Callable[[int], list[str]], folder: Path) -> dict[int, dic
         await_server(port, process)
         draw = random.Random(0)
         found = {}
-        ask(port, [body(folder, draw)])
-        for count in NUM_CLIENTS:
-            report = ask(port, [body(folder, draw) for _ in range(count)])
+        ask(port, [body(folder, draw, 16)])
+        for count, num_tokens in NUM_TOKENS.items():
+            report = ask(port, [body(folder, draw, num_tokens) for _ in range(count)])
             whole = [one for one in report["clients"] if one["first_s"] is not None]
             found[count] = {
                 "answered": len(whole),
@@ -150,11 +172,11 @@ def await_server(port: int, process: subprocess.Popen[bytes]) -> None:
     raise RuntimeError(f"{process.args!r} did not start")
 
 
-def body(folder: Path, draw: random.Random) -> dict[str, Any]:
+def body(folder: Path, draw: random.Random, num_tokens: int) -> dict[str, Any]:
     """One question, as all of them take it."""
     words = " ".join(draw.choice(("red", "blue", "circle", "square", "star")) for _ in range(40))
     messages = [{"role": "user", "content": words}]
-    return {"model": str(folder), "messages": messages, "max_tokens": NUM_TOKENS, "temperature": 0, "stream": True}
+    return {"model": str(folder), "messages": messages, "max_tokens": num_tokens, "temperature": 0, "stream": True}
 
 
 def ask(port: int, bodies: list[dict[str, Any]]) -> Any:

@@ -16,11 +16,14 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import torch
+
 from llavakit.engine.engine import Stats
 from llavakit.engine.llm import LLM, joined_answers
 from llavakit.engine.request import Request, TokenEvent
 from llavakit.errors import BusyError, CapacityError
 from llavakit.logs import logger
+from llavakit.ops.threads import end_team, one_thread
 from llavakit.types import Completion
 
 __all__ = ["AsyncEngine", "Stream"]
@@ -91,6 +94,8 @@ class AsyncEngine:
         self._guard = threading.Lock()
         self._is_draining = self._is_closed = self._is_over = False
         self._error: Exception | None = None
+        self._num_threads = torch.get_num_threads()
+        end_team()  # the engine's thread has its own
         self._thread = threading.Thread(target=self._work, name="llavakit-engine", daemon=True)
         self._thread.start()
 
@@ -105,7 +110,7 @@ class AsyncEngine:
         try:
             if self._engine.scheduler.num_waiting + self._num_pending > self.max_waiting:
                 raise BusyError(f"{self.max_waiting} requests wait already; try again later")
-            request = await asyncio.to_thread(make)
+            request = await asyncio.to_thread(_made, make)
             self._check_open()
             stream = Stream(self, asyncio.get_running_loop())
             try:
@@ -211,6 +216,7 @@ class AsyncEngine:
             self._engine.abort(stream.number)
 
     def _work(self) -> None:
+        torch.set_num_threads(self._num_threads)
         try:
             while not self._is_closed:
                 if not self._engine.has_work and not self._commands:
@@ -246,6 +252,11 @@ class AsyncEngine:
 
     def _fail_all(self, error: Exception) -> None:
         self._deliver([TokenEvent(number, None, "", is_last=True, error=error) for number in list(self._streams)])
+
+
+def _made(make: Callable[[], Request]) -> Request:
+    with one_thread():  # a team for each of the worker threads would slow the engine's down
+        return make()
 
 
 def _on(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
