@@ -2,24 +2,17 @@
 
 `python -m benchmarks.serving_peers --llama-server PATH` starts each server in turn (ours, theirs, ours, ...), lets 1, 8 and 64 clients ask
 at once, and writes benchmarks/results/serving_peers.json: tokens per second over all clients, and seconds to the first token. transformers
-serves with continuous batching and without; llama-server with as many slots as clients and a cache for all, in bfloat16 and in float16.
+(with what transformers[serving] brings) serves with continuous batching and without; llama-server with as many slots as clients and a cache for all, in bfloat16 and in float16.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import write_result
+from benchmarks.serving_process import SCRIPTS, ask, served
 from llavakit import LlamaForCausalLM
 from llavakit.checkpoint.convert import Conversion, convert
 from llavakit.engine.llm import MINIATURE
@@ -46,7 +40,6 @@ SHAPES = {
     },
 }
 CONTEXT = 512
-_START_S = 180.0
 JINJA = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' + message['content'] + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
@@ -107,16 +100,15 @@ def model_folder(folder: Path, shape: Mapping[str, int]) -> Path:
 
 def commands(folder: Path, llama_server: Path | None) -> Mapping[str, Callable[[int], list[str]]]:
     """How each server is started on a port."""
-    scripts = Path(sys.executable).parent
     slots = max(NUM_TOKENS)
     found: dict[str, Callable[[int], list[str]]] = {
         "llava serve": lambda port: [
-            *(str(scripts / "llava"), "serve", "--model", str(folder), "--name", str(folder), "--port", str(port)),
+            *(str(SCRIPTS / "llava"), "serve", "--model", str(folder), "--name", str(folder), "--port", str(port)),
             *("--max-batch", str(slots), "--dtype", "bfloat16"),
         ],
-        "transformers serve": lambda port: [str(scripts / "transformers"), "serve", "--port", str(port), "--host", "127.0.0.1"],
+        "transformers serve": lambda port: [str(SCRIPTS / "transformers"), "serve", "--port", str(port), "--host", "127.0.0.1"],
         "transformers serve, continuous batching": lambda port: [
-            *(str(scripts / "transformers"), "serve", "--port", str(port), "--host", "127.0.0.1", "--continuous-batching"),
+            *(str(SCRIPTS / "transformers"), "serve", "--port", str(port), "--host", "127.0.0.1", "--continuous-batching"),
         ],
     }
     if llama_server is not None:
@@ -135,15 +127,9 @@ def _llama_command(llama_server: Path, gguf: str, slots: int, kind: str, port: i
 
 def measured(command: Callable[[int], list[str]], folder: Path) -> dict[int, dict[str, float]]:
     """Start a server, warm it up, and let so many clients ask."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command(port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    try:
-        await_server(port, process)
-        draw = random.Random(0)
-        found = {}
+    draw = random.Random(0)
+    found = {}
+    with served(command) as port:
         ask(port, [body(folder, draw, 16)])
         for count, num_tokens in NUM_TOKENS.items():
             report = ask(port, [body(folder, draw, num_tokens) for _ in range(count)])
@@ -153,23 +139,7 @@ def measured(command: Callable[[int], list[str]], folder: Path) -> dict[int, dic
                 "tokens_per_s": round(sum(one["pieces"] for one in whole) / report["seconds"], 2),
                 "first_token_s": round(statistics.median(one["first_s"] for one in whole), 4) if whole else float("nan"),
             }
-        return found
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def await_server(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a server answers."""
-    until = time.monotonic() + _START_S
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-                if response.status == 200:
-                    return
-        except (OSError, urllib.error.URLError):
-            time.sleep(0.2)
-    raise RuntimeError(f"{process.args!r} did not start")
+    return found
 
 
 def body(folder: Path, draw: random.Random, num_tokens: int) -> dict[str, Any]:
@@ -177,13 +147,6 @@ def body(folder: Path, draw: random.Random, num_tokens: int) -> dict[str, Any]:
     words = " ".join(draw.choice(("red", "blue", "circle", "square", "star")) for _ in range(40))
     messages = [{"role": "user", "content": words}]
     return {"model": str(folder), "messages": messages, "max_tokens": num_tokens, "temperature": 0, "stream": True}
-
-
-def ask(port: int, bodies: list[dict[str, Any]]) -> Any:
-    """Let clients ask at once, in a process of their own."""
-    task = json.dumps({"port": port, "bodies": bodies})
-    done = subprocess.run([sys.executable, "-m", "benchmarks.serving_clients"], input=task, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
