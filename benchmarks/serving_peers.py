@@ -2,7 +2,8 @@
 
 `python -m benchmarks.serving_peers --llama-server PATH` starts each server in turn (ours, theirs, ours, ...), lets 1, 8 and 64 clients ask
 at once, and writes benchmarks/results/serving_peers.json: tokens per second over all clients, and seconds to the first token. transformers
-(with what transformers[serving] brings) serves with continuous batching and without; llama-server with as many slots as clients and a cache for all, in bfloat16 and in float16.
+(with what transformers[serving] brings) serves with continuous batching and without; llama-server with as many slots as clients and a cache
+for all, in bfloat16 and in float16.
 """
 
 from __future__ import annotations

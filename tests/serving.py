@@ -1,6 +1,6 @@
-"""A server in the test's own process, and clients that say exactly what they are told to.
+"""A server in the test's own process or another, and clients that say exactly what they are told to.
 
-Owns: running, Running (its address, its application, is_quiet) and its clients: ask (http.client), raw (a socket), chat_body.
+Owns: running, Running (its application, is_quiet), apart, Server (its address and its clients: ask, raw) and chat_body.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import base64
 import functools
 import http.client
 import json
+import multiprocessing
 import random
 import socket
 import threading
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 from llavakit.engine.llm import LLM
@@ -31,7 +33,7 @@ from llavakit.server.service import Service
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import draw_scene
 
-__all__ = ["MODEL", "Reply", "Running", "chat_body", "data_url", "miniature", "picture", "running"]
+__all__ = ["MODEL", "Reply", "Running", "Server", "apart", "chat_body", "data_url", "miniature", "picture", "running"]
 
 MODEL = "mini"
 _WAIT_S = 20.0
@@ -58,11 +60,11 @@ class Reply:
         return [None if text == "[DONE]" else json.loads(text) for text in data]
 
 
-class Running:
-    """A server that runs."""
+class Server:
+    """A server on a port of this machine."""
 
-    def __init__(self, app: App, port: int, loop: asyncio.AbstractEventLoop, leaving: Leaving) -> None:
-        self.app, self.port, self.loop, self.leaving = app, port, loop, leaving
+    def __init__(self, port: int) -> None:
+        self.port = port
 
     def ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Reply:
         """Send one request; a body that is no bytes is sent as JSON."""
@@ -100,6 +102,19 @@ class Running:
             except ConnectionResetError:
                 pass
         return b"".join(parts)
+
+    def counts(self) -> dict[str, float]:
+        """Its metrics without labels."""
+        lines = self.ask("GET", "/metrics").body.decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#" and "{" not in line)}
+
+
+class Running(Server):
+    """A server that runs in this process."""
+
+    def __init__(self, app: App, port: int, loop: asyncio.AbstractEventLoop, leaving: Leaving) -> None:
+        super().__init__(port)
+        self.app, self.loop, self.leaving = app, loop, leaving
 
     def call(self, make: Callable[[], Any]) -> Any:
         """Run a coroutine on the server's loop."""
@@ -168,6 +183,29 @@ def running(
                 found[0].loop.call_soon_threadsafe(found[0].leaving.ask)
         thread.join(30)
         assert not thread.is_alive(), "the server did not stop"
+
+
+@contextmanager
+def apart(config: ServerConfig, load: Callable[[], LLM]) -> Iterator[tuple[Server, int]]:
+    """Run a server in a process of its own until the block is left; its number comes along."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run_apart, args=(config, load, theirs))
+    process.start()
+    try:
+        port: int = ours.recv()
+        assert process.pid is not None
+        yield Server(port), process.pid
+    finally:
+        ours.send(None)
+        process.join(60)
+        assert process.exitcode == 0, "the server did not stop"
+
+
+def _run_apart(config: ServerConfig, load: Callable[[], LLM], pipe: Connection) -> None:
+    with running(config, llm=load()) as server:
+        pipe.send(server.port)
+        pipe.recv()
 
 
 def picture(seed: int = 0, width: int = 64, height: int = 64) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import random
 import socket
 import struct
@@ -17,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.serving import Running, chat_body, data_url, picture
+from tests.serving import Server, chat_body, data_url, picture
 from tests.soak.mutants import mutant
 
 __all__ = ["Counts", "abuse", "mutated"]
@@ -44,8 +45,8 @@ class Counts:
     """Memory of the server's process, now and then."""
 
 
-def abuse(server: Running, seconds: float, *, seed: int = 0) -> Counts:
-    """Let bad clients loose for so many seconds, and ask good questions meanwhile."""
+def abuse(server: Server, seconds: float, *, seed: int = 0, process: int | None = None) -> Counts:
+    """Let bad clients loose for so many seconds, and ask good questions meanwhile; process is the server's, where it has its own."""
     counts, guard = Counts(), threading.Lock()
     until = time.monotonic() + seconds
     expected = server.chat(chat_body(_QUESTION, data_url(picture()))).json()["choices"]
@@ -73,7 +74,7 @@ def abuse(server: Running, seconds: float, *, seed: int = 0) -> Counts:
             counts.busy += 1
         else:
             counts.wrong.append(reply.body.decode(errors="replace")[:300])
-        counts.rss_bytes.append(_rss())
+        counts.rss_bytes.append(_rss(os.getpid() if process is None else process))
         time.sleep(0.05)
     for thread in threads:
         thread.join(60)
@@ -109,25 +110,25 @@ def mutated(value: Any, rng: random.Random) -> Any:
     return rng.choice(odd)
 
 
-def _mutated_body(server: Running, rng: random.Random) -> int:
+def _mutated_body(server: Server, rng: random.Random) -> int:
     body: Any = chat_body("What?", data_url(picture(rng.randrange(5))), stop=["x"], seed=1, n=1, max_tokens=4)
     for _ in range(rng.randrange(1, 4)):
         body = mutated(body, rng)
     return server.ask("POST", rng.choice(("/v1/chat/completions", "/v1/tokenize", "/v1/score")), body).status
 
 
-def _damaged_bytes(server: Running, rng: random.Random) -> int:
+def _damaged_bytes(server: Server, rng: random.Random) -> int:
     data = bytearray(json.dumps(chat_body("What?", max_tokens=2)).encode())
     for _ in range(rng.randrange(1, 5)):
         data[rng.randrange(len(data))] = rng.randrange(256)
     return server.chat(bytes(data)).status
 
 
-def _damaged_picture(server: Running, rng: random.Random) -> int:
+def _damaged_picture(server: Server, rng: random.Random) -> int:
     return server.chat(chat_body("What?", data_url(mutant(rng.randrange(1 << 30))), max_tokens=2)).status
 
 
-def _goes_away(server: Running, rng: random.Random) -> None:
+def _goes_away(server: Server, rng: random.Random) -> None:
     with contextlib.suppress(OSError), server.connect() as plain:
         body = json.dumps(chat_body("What?", data_url(picture(rng.randrange(5))), stream=True, max_tokens=100)).encode()
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -137,7 +138,7 @@ def _goes_away(server: Running, rng: random.Random) -> None:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def _half_closes(server: Running, rng: random.Random) -> None:
+def _half_closes(server: Server, rng: random.Random) -> None:
     with contextlib.suppress(OSError), server.connect(receive_bytes=1024) as plain:
         plain.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n{" % rng.randrange(100))
         plain.shutdown(socket.SHUT_WR)
@@ -145,14 +146,14 @@ def _half_closes(server: Running, rng: random.Random) -> None:
         plain.recv(100)
 
 
-def _no_http(server: Running, rng: random.Random) -> None:
+def _no_http(server: Server, rng: random.Random) -> None:
     with contextlib.suppress(OSError), server.connect() as plain:
         plain.sendall(rng.randbytes(rng.randrange(1, 3000)) + b"\r\n\r\n")
         plain.settimeout(0.5)
         plain.recv(100)
 
 
-def _other_paths(server: Running, rng: random.Random) -> int:
+def _other_paths(server: Server, rng: random.Random) -> int:
     with contextlib.suppress(http.client.HTTPException, OSError):
         path = "/" + "".join(rng.choice("/.%2ev1chat?#\\") for _ in range(rng.randrange(30)))
         return server.ask(rng.choice(("GET", "PUT", "POST", "HEAD")), path).status
@@ -162,6 +163,6 @@ def _other_paths(server: Running, rng: random.Random) -> int:
 _ACTS = (_mutated_body, _mutated_body, _damaged_bytes, _damaged_picture, _goes_away, _half_closes, _no_http, _other_paths)
 
 
-def _rss() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
+def _rss(process: int) -> int:
+    with open(f"/proc/{process}/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * 4096

@@ -95,7 +95,8 @@ class AsyncEngine:
         self._is_draining = self._is_closed = self._is_over = False
         self._error: Exception | None = None
         self._num_threads = torch.get_num_threads()
-        end_team()  # the engine's thread has its own
+        if llm.engine.runner.device.type == "cpu":
+            end_team()  # the engine's thread has its own
         self._thread = threading.Thread(target=self._work, name="llavakit-engine", daemon=True)
         self._thread.start()
 

@@ -48,7 +48,9 @@ class FusedLayer(nn.Module):
         self.layer, self.kernels = attention.layer, kernels
         self.num_heads = attention.q_proj.out_features // attention.head_dim
         self.num_kv_heads = attention.k_proj.out_features // attention.head_dim
-        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm.to(dtype), layer.post_attention_layernorm.to(dtype)
+        before, after = layer.input_layernorm, layer.post_attention_layernorm
+        # Plain tensors, which stay where they are: the kernels are told their addresses once.
+        self.norms = [(norm.weight.detach().to(dtype).contiguous(), norm.eps) for norm in (before, after)]
         self.qkv = _joined(layer, dtype, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.out = _joined(layer, dtype, "self_attn.o_proj")
         self.gate_up = _joined(layer, dtype, "mlp.gate_proj", "mlp.up_proj")
@@ -58,14 +60,15 @@ class FusedLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, rope: Rope, attn: Attention) -> Tensor:
         """Return the stream after this layer, same shape and dtype."""
-        kernels, weights = self.kernels, self._weights
+        kernels, weights, ((before_D, before_eps), (after_D, after_eps)) = self.kernels, self._weights, self.norms
+        assert x_TD.dtype == before_D.dtype, "a fused layer computes in the dtype it was made for"
+        x_TD = x_TD.contiguous()
         if weights is not None and (isinstance(self.qkv, JoinedLinear) or not self.qkv.adapting.active):
             return kernels.after_attention(weights, x_TD, attn.attend(self.layer, *kernels.before_attention(weights, x_TD, *rope)))
-        before, after = self.input_layernorm, self.post_attention_layernorm
-        x_TD, h_TD = kernels.norm(x_TD, before.weight, before.eps)
+        x_TD, h_TD = kernels.norm(x_TD, before_D, before_eps)
         q_TNH, k_TKH, v_TKH = kernels.rotary(self.qkv(h_TD), *rope, self.num_heads, self.num_kv_heads)
         attended_TD = self.out(attn.attend(self.layer, q_TNH, k_TKH, v_TKH).flatten(-2))
-        x_TD, h_TD = kernels.norm(x_TD, after.weight, after.eps, attended_TD)
+        x_TD, h_TD = kernels.norm(x_TD, after_D, after_eps, attended_TD)
         return x_TD + self.down(kernels.gate_halves(self.gate_up(h_TD)))  # type: ignore[no-any-return]
 
     def _layer_weights(self, head_dim: int) -> LayerWeights | None:
@@ -74,19 +77,19 @@ class FusedLayer(nn.Module):
         packed = [product.slices[0] for product in products if len(product.slices) == 1]
         if len(packed) < len(products) or any(weight.num_filled > weight.num_inputs for weight in packed[:-1]):
             return None
-        before, after = self.input_layernorm, self.post_attention_layernorm
+        (before_D, before_eps), (after_D, after_eps) = self.norms
         return LayerWeights(
             *(weight.pointers() for weight in packed),
-            input_norm=before.weight.data_ptr(),
-            inner_norm=after.weight.data_ptr(),
+            input_norm=before_D.data_ptr(),
+            inner_norm=after_D.data_ptr(),
             width=packed[0].num_inputs,
             inner=packed[-1].num_inputs,
             filled=packed[-1].num_filled,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=head_dim,
-            input_eps=before.eps,
-            inner_eps=after.eps,
+            input_eps=before_eps,
+            inner_eps=after_eps,
         )
 
 

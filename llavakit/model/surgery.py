@@ -129,8 +129,8 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> bool:
     """Make a model on the CPU one for inference in dtype alone: faster, and each row's result the same in any company.
 
     Products are cast and packed one after another (those of one input together) and the weights they had are let go, so that memory holds
-    one of them twice at most; the model can neither train nor be saved afterwards. Layers become fused ones where the kernels can do that.
-    Returns whether the promise about company holds for every product.
+    what is being packed three times at most; the model can neither train nor be saved afterwards. Layers become fused ones where the
+    kernels can do that. Returns whether the promise about company holds for every product.
     """
     steady: list[bool] = []
     kernels = load_kernels() if dtype in (torch.float32, torch.bfloat16) else None

@@ -71,7 +71,8 @@ class PackedWeight:
 def _panels(weight_OI: Tensor, step: int) -> Tensor:
     """Return the weight as the kernel reads it: [P, I, 64], or in bfloat16 [P, I / 2, 64, 2]; what is missing to a step is zero."""
     together = 2 if weight_OI.dtype == torch.bfloat16 else 1
-    filled = F.pad(weight_OI, (0, -weight_OI.shape[1] % step, 0, -weight_OI.shape[0] % _PANEL))
+    missing = (0, -weight_OI.shape[1] % step, 0, -weight_OI.shape[0] % _PANEL)
+    filled = F.pad(weight_OI, missing) if any(missing) else weight_OI.contiguous()
     panels = filled.view(-1, _PANEL, filled.shape[1] // together, together).transpose(1, 2)
     return _memory(panels.numel() * panels.itemsize).view(panels.dtype).view(panels.shape).copy_(panels)
 

@@ -128,14 +128,11 @@ class App:
     def _caller(self, exchange: Exchange) -> Caller:
         """Tell who asks. Raises: HttpError (401, 429)."""
         try:
-            caller = self.keys.caller(exchange.headers)
+            return self.keys.caller(exchange.headers)
         except HttpError:
             if exchange.header(b"authorization"):  # a question without any key is no guess
                 self.guesses.wrong(exchange.address)
             raise
-        if len(self.keys):
-            self.guesses.right(exchange.address, caller)
-        return caller
 
     def _check_host(self, exchange: Exchange) -> None:
         """Refuse names that are not the server's: without keys a page elsewhere could make its name point here. Raises: HttpError."""

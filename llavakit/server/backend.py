@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,8 +80,8 @@ class Backend(Protocol):
         """Tell whether a question waits for its first step."""
         ...
 
-    async def stats(self) -> Stats | None:
-        """Count, over all engines; None where none of them says anything."""
+    async def stats(self) -> Sequence[Stats]:
+        """Count, for each engine that says something."""
         ...
 
     async def is_healthy(self) -> bool:
@@ -121,9 +121,9 @@ class LocalBackend:
         assert isinstance(answering, Stream)
         return self.engine.is_queued(answering)
 
-    async def stats(self) -> Stats:
+    async def stats(self) -> Sequence[Stats]:
         """Count."""
-        return self.engine.stats()
+        return [self.engine.stats()]
 
     async def is_healthy(self) -> bool:
         """Tell whether the engine computes: it made a step of late, or, where it has nothing to do, answers a probe."""

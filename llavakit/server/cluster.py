@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import fields
 from typing import Any, Protocol, Self
 
 from llavakit.engine.engine import Stats
@@ -75,7 +74,7 @@ class Replica:
 
     async def stats(self) -> Stats:
         """Count."""
-        return await self._backend.stats()
+        return self._backend.engine.stats()
 
     async def facts(self) -> dict[str, Any]:
         """Return what the server must know of the model."""
@@ -130,16 +129,15 @@ class ClusterBackend:
         """Tell whether a question has no token yet."""
         return not answering.has_begun
 
-    async def stats(self) -> Stats | None:
-        """Add up what the replicas say that are there and answer in time."""
+    async def stats(self) -> Sequence[Stats]:
+        """Ask all replicas; nobody's counts are known where one of them does not answer in time."""
         try:
             async with asyncio.timeout(_COUNT_S):
-                told = [found for found in await self._count() if isinstance(found, Stats)]
+                return [found for found in await self._count() if isinstance(found, Stats)]
         except TimeoutError:
-            return None
+            return []
         except self._lost:
-            return None
-        return Stats(**{field.name: sum(getattr(one, field.name) for one in told) for field in fields(Stats)}) if told else None
+            return []
 
     async def is_healthy(self) -> bool:
         """Tell whether some replica answers."""

@@ -80,7 +80,7 @@ class ServerConfig:
     requests_per_minute: int = 0
     """Requests of one key in a minute; 0 is any number."""
     wrong_keys_per_s: float = 10.0
-    """Wrong keys of one address in a second (ten seconds' worth at once); beyond them it gets 429, but for keys that it used before."""
+    """Wrong keys of one address in a second, ten seconds' worth at once; further ones get 429. A right key always opens."""
     header_s: float = 10.0
     """Seconds for a request's head to arrive."""
     body_s: float = 30.0

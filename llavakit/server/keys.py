@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavakit.errors import ConfigError
+from llavakit.logs import logger
 from llavakit.server.allowance import Allowance
 from llavakit.server.faults import HttpError
 
 __all__ = ["Caller", "Guesses", "Keys", "read_keys"]
 
+_LOG = logger("server")
 _MOST_KEY_BYTES = 1024
 _NAME_CHARS = 8
-_MOST_KNOWN = 4096
+_LONG_KEY = 24
 _BURST_S = 10.0
 
 
@@ -58,35 +60,17 @@ class Keys:
 
 
 class Guesses:
-    """Slows down an address that tries keys.
-
-    Once it has used up its wrong ones, any key from there gets 429, so that nothing tells the right one; but whoever gave a right one there
-    before goes on, so that nobody behind the same proxy is locked out.
-    """
+    """Tells an address that tries keys to wait; a right key always opens, so that nobody behind the same proxy is locked out."""
 
     def __init__(self, per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """Per_s is how many wrong keys an address may give in a second, those of _BURST_S seconds at once."""
         self._allowance = Allowance(max(1.0, per_s * _BURST_S), per_s, clock)
-        self._known: dict[tuple[str, str], None] = {}
 
     def wrong(self, address: str) -> None:
         """Note a wrong key. Raises: HttpError (429)."""
-        self._check(address)
-        self._allowance.take(address)
-
-    def right(self, address: str, caller: Caller) -> None:
-        """Note a right key. Raises: HttpError (429)."""
-        pair = (address, caller.name)
-        if pair in self._known:
-            return
-        self._check(address)
-        if len(self._known) >= _MOST_KNOWN:
-            del self._known[next(iter(self._known))]
-        self._known[pair] = None
-
-    def _check(self, address: str) -> None:
         if wait_s := self._allowance.wait_s(address):
             raise HttpError(429, "rate_limit_exceeded", "too many wrong keys came from this address", retry_s=int(wait_s) + 1)
+        self._allowance.take(address)
 
 
 def read_keys(path: Path) -> list[str]:
@@ -98,4 +82,6 @@ def read_keys(path: Path) -> list[str]:
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys or not all(key.isascii() and key.isprintable() and " " not in key and len(key) <= _MOST_KEY_BYTES for key in keys):
         raise ConfigError(f"{path} must hold keys of printable ASCII without spaces, one a line")
+    if any(len(key) < _LONG_KEY for key in keys):
+        _LOG.warning("%s holds a key of less than %d characters, which can be guessed; see openssl rand -hex 24", path, _LONG_KEY)
     return keys

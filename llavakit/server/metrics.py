@@ -5,6 +5,9 @@ Owns: Metrics. Invariant: no label comes from a request.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from llavakit.engine.engine import Stats
@@ -39,12 +42,14 @@ class Metrics:
         self.first_token = Histogram("llava_first_token_seconds", "Seconds to the first token", buckets=_SECONDS, registry=self.registry)
         self.between_tokens = Histogram("llava_between_tokens_seconds", "Seconds between tokens", buckets=_SECONDS, registry=self.registry)
         self.refused = Counter("llava_pictures_refused", "Pictures that could not be decoded", registry=self.registry)
+        self._engines = Gauge("llava_engines", "Engines whose counts these are", registry=self.registry)
         self._gauges = {
             field: Gauge(f"llava_{name}", text, registry=self.registry) for field, name, text in (*_COUNTED, *_STANDING)
         }  # of the engine's own counts, as they are when they are asked for
 
-    def write(self, stats: Stats | None) -> bytes:
-        """Write everything as text; the engine's counts as far as they are known."""
-        for field, gauge in self._gauges.items() if stats is not None else ():
-            gauge.set(getattr(stats, field))
+    def write(self, stats: Sequence[Stats]) -> bytes:
+        """Write everything as text; the engines' counts are added up, and not a number where no engine tells them."""
+        self._engines.set(len(stats))
+        for field, gauge in self._gauges.items():
+            gauge.set(sum(getattr(one, field) for one in stats) if stats else math.nan)
         return generate_latest(self.registry)

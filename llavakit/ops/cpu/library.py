@@ -28,10 +28,9 @@ _LOG = logger("ops")
 _FOLDER = Path(__file__).parent
 _SOURCES = ("paged_attention.c", "matmul.c", "gate.c", "norm.c", "rotary.c", "layer.c")
 _HEADERS = ("kernels.h", "lanes.h")
-_FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
+_FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=protected", "-fno-math-errno", "-ffp-contract=fast")
 _CACHE = Path(".cache") / "llavakit"
 _TIMEOUT_S = 120
-_PAUSE_SOFT = 1  # omp_pause_soft
 
 
 def _fields(names: str, kind: type) -> list[tuple[str, type]]:
@@ -116,14 +115,8 @@ class Kernels:
         for function in functions:
             function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int32], None
         self._attend, self._matmul, self._gate, self._norm, self._rotary, self._before, self._after = functions
-        self._pause = getattr(library, "omp_pause_resource_all", None)  # absent without OpenMP, or where it is an old one
         self.half_inputs: int = library.half_inputs()
         """Inputs of a product in bfloat16 are filled up to a multiple of this."""
-
-    def end_team(self) -> None:
-        """End the threads that OpenMP keeps for the calling one."""
-        if self._pause is not None:
-            self._pause(_PAUSE_SOFT)
 
     def attend(self, arguments: Attention, *, is_half: bool) -> None:
         """Store new keys and values, and fill the output rows."""

@@ -15,8 +15,10 @@
 #include "kernels.h"
 #include "lanes.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AMX_BF16__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 #define MOST_ROWS 6 /* 24 of 32 registers hold sums */
 #else
 #define MOST_ROWS 2
@@ -89,6 +91,7 @@ static int has_tiles;
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define TILE 16
+#define SETTLED(what) __asm__ volatile("" : : "r"(what) : "memory") /* compilers do not all know what tile instructions read and write */
 
 typedef struct {
     uint8_t palette, start, reserved[14];
@@ -100,11 +103,13 @@ typedef struct {
 static void shape_tiles(int rows) {
     tile_shapes shapes = {.palette = 1};
     for (int t = 0; t < 8; t++) shapes.row_bytes[t] = 64, shapes.rows[t] = (uint8_t)(t < 5 ? rows : TILE);
+    SETTLED(&shapes);
     _tile_loadconfig(&shapes);
 }
 
 static void on_tiles(const uint32_t *x, int64_t stride, const ulanes *w, int64_t steps, lanes *sums) {
     const int64_t row = VECTORS * sizeof(lanes);
+    SETTLED(sums);
     _tile_loadd(0, sums, row);
     _tile_loadd(1, sums + 1, row);
     _tile_loadd(2, sums + 2, row);
@@ -124,6 +129,7 @@ static void on_tiles(const uint32_t *x, int64_t stride, const ulanes *w, int64_t
     _tile_stored(1, sums + 1, row);
     _tile_stored(2, sums + 2, row);
     _tile_stored(3, sums + 3, row);
+    SETTLED(sums);
 }
 
 static void rows_on_tiles(const uint32_t *x, int64_t stride, const ulanes *w, int64_t steps, lanes *sums, int64_t rows, int *shaped) {

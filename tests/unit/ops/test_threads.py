@@ -8,8 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from llavakit.ops.cpu.library import load_kernels
-from llavakit.ops.threads import end_team, one_thread
+from llavakit.ops.threads import _openmp, end_team, one_thread
 
 
 def test_the_number_of_threads_comes_back() -> None:
@@ -22,7 +21,27 @@ def test_the_number_of_threads_comes_back() -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/task") or load_kernels() is None, reason="needs Linux and a C compiler")
+def test_other_threads_keep_their_number() -> None:
+    before, found = torch.get_num_threads(), []
+    inside, over = threading.Event(), threading.Event()
+
+    def small() -> None:
+        with one_thread():
+            inside.set()
+            over.wait(10)
+
+    one = threading.Thread(target=small)
+    one.start()
+    assert inside.wait(10)
+    other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    over.set()
+    one.join()
+    assert found == [before]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task") or _openmp() is None, reason="needs Linux and GNU's OpenMP")
 def test_a_team_ends_and_comes_again() -> None:
     counts: list[int] = []
 

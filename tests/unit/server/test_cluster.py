@@ -19,6 +19,7 @@ from llavakit.server.cluster import ClusterBackend, Replica
 from llavakit.server.cluster_bulk import Answerer
 from llavakit.server.config import ClusterConfig, ServerConfig
 from llavakit.server.faults import HttpError
+from llavakit.server.metrics import Metrics
 from llavakit.server.routing import ranked, routing_key
 from llavakit.types import Conversation, SamplingParams
 from tests.serving import miniature
@@ -147,8 +148,8 @@ def test_health_is_that_of_some_replica() -> None:
     assert not asyncio.run(backend([[B]], gone)[0].is_healthy())
 
 
-def test_counts_are_added_up_over_those_who_tell() -> None:
-    def of(told: object) -> Stats | None:
+def test_counts_are_those_of_all_who_tell() -> None:
+    def of(told: object) -> Any:
         async def count() -> Any:
             if isinstance(told, Exception):
                 raise told
@@ -157,10 +158,12 @@ def test_counts_are_added_up_over_those_who_tell() -> None:
         return asyncio.run(backend([[B]], count=count)[0].stats())
 
     one = Stats(**{field.name: place for place, field in enumerate(fields(Stats))})
-    assert of([one, GoneError(), one]) == Stats(**{field.name: 2 * place for place, field in enumerate(fields(Stats))})
-    assert of([GoneError()]) is None
-    assert of([]) is None
-    assert of(GoneError()) is None
+    assert of([one, GoneError(), one]) == [one, one]
+    assert of([GoneError()]) == of([]) == of(GoneError()) == []
+    told = Metrics().write([one, one]).decode()
+    assert "llava_engines 2.0" in told
+    assert f"llava_steps {2.0 * one.num_steps}" in told
+    assert "llava_steps NaN" in Metrics().write([]).decode()
 
 
 def test_a_replica_answers_as_the_engine_and_tells_errors_as_values() -> None:

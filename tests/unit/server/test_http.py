@@ -298,15 +298,14 @@ def test_a_key_has_so_many_requests_a_minute() -> None:
 
 
 @pytest.mark.catalogue("F24")
-def test_an_address_that_tries_keys_is_slowed_down_and_learns_nothing() -> None:
+def test_an_address_that_tries_keys_is_told_to_wait_and_locks_nobody_out() -> None:
     def ask(key: str) -> int:
         return server.ask("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"}).status
 
     with running(ServerConfig(port=0, wrong_keys_per_s=0.2), keys=(KEY, OTHER)) as server:
         assert ask(KEY) == 200
         assert [ask(f"sk-{number}") for number in range(4)] == [401, 401, 429, 429]
-        assert ask(OTHER) == 429, "a guess that is right looks like one that is wrong"
-        assert ask(KEY) == 200, "who was there before goes on"
+        assert ask(KEY) == ask(OTHER) == 200, "others may be behind the same address"
         assert server.ask("GET", "/v1/models").status == 401
         reply = server.ask("GET", "/v1/models", headers={"Authorization": "Bearer x"})
         assert 1 <= int(reply.headers["retry-after"]) <= 5
