@@ -1,9 +1,11 @@
 """HTTP itself, keys, hosts, origins, logs, and the files that are served: section F, and what of C is about paths."""
 
 import ast
+import asyncio
 import json
 import logging
 import re
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -328,6 +330,23 @@ def test_an_address_gets_its_guesses_back_and_its_neighbours_keep_theirs() -> No
     assert [is_refused("here") for _ in range(3)] == [False, False, True]
     assert not any(is_refused(f"address {number}") for number in range(5000))
     assert not is_refused("here"), "so many others came that it is forgotten: memory has a bound"
+
+
+def test_small_pieces_are_sent_at_once() -> None:
+    async def is_undelayed() -> bool:
+        accepted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted.set_result(bool(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+            writer.close()
+
+        listener = bind(ServerConfig(port=0), Keys([]))
+        async with await asyncio.start_server(accept, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            return await accepted
+
+    assert asyncio.run(is_undelayed())
 
 
 @pytest.mark.catalogue("E9")
