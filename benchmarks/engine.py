@@ -330,8 +330,8 @@ class FreeWeight(PackedWeight):
 
 
 def free_rows(core: LlamaCore | LlavaCore, dtype: torch.dtype) -> None:
-    """Make a model ready without the promise: such products, and torch's silu."""
-    with mock.patch("llavakit.model.linear.PackedWeight", FreeWeight):
+    """Make a model ready without the promise: such products, torch's silu, and layers as they are."""
+    with mock.patch("llavakit.model.linear.PackedWeight", FreeWeight), mock.patch("llavakit.model.surgery.load_kernels", return_value=None):
         fuse(core, dtype)
     for module in core.modules():
         if isinstance(module, SwiGlu):

@@ -41,10 +41,9 @@ class PackedWeight:
         else:
             self._weight = weight_OI.contiguous() if packed is None else packed
 
-    def pointers(self) -> Weight | None:
-        """Return what the kernels take of it in other calls, with num_filled inputs a row; None where it is not theirs."""
-        if self._kernels is None:
-            return None
+    def pointers(self) -> Weight:
+        """Return what the kernels take of it in other calls, with num_filled inputs a row."""
+        assert self._kernels is not None, "the weight lies as the kernels read it"
         bias = None if self.bias is None else self.bias.data_ptr()
         return Weight(self._weight.data_ptr(), bias, self.num_outputs, self._weight.shape[1])
 

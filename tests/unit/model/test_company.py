@@ -148,7 +148,7 @@ def test_packed_products_are_the_unpacked_ones(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_of_every_size_have_the_textbooks_values(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    for num_rows, num_in, num_out in ((1, 1, 1), (3, 515, 63), (7, 1030, 65), (193, 64, 130), (400, 33, 16)):
+    for num_rows, num_in, num_out in ((1, 1, 1), (3, 515, 63), (7, 1030, 65), (193, 64, 130), (400, 33, 16), (5, 1040, 1030)):
         x_MI, weight_OI = (torch.randn(rows, num_in, generator=generator).to(dtype) for rows in (num_rows, num_out))
         bias_O = torch.randn(num_out, generator=generator).to(dtype)
         expected = x_MI.double() @ weight_OI.double().T + bias_O.double()
