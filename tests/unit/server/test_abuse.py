@@ -70,9 +70,12 @@ def test_a_good_client_is_unharmed_by_bad_ones() -> None:
 
 
 def small_llm() -> LLM:
-    """The miniature, with little memory for what fills up by design."""
+    """The miniature; what fills up by design is small, and the pages of its cache are there from the start."""
     llm = LLM(max_batch=8, kv_memory=64 << 20, device="cpu", dtype="float32")
     llm.engine.features = FeatureCache(16 << 20)
+    pages = llm.engine.runner.pages
+    for memory in (*pages.keys, *pages.values):
+        memory.zero_()
     return llm
 
 
