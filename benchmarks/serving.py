@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from benchmarks.serving_peers import SHAPES, model_folder
 from benchmarks.serving_process import SCRIPTS, ask, served, watched
 from llavakit.engine.llm import LLM, MINIATURE
 from llavakit.types import Conversation, SamplingParams
-from tests.serving import chat_body, data_url, picture
+from tests.serving import Server, chat_body, data_url, picture
 
 NUM_CLIENTS = 1000
 LEAST = {"share of the engine's own throughput": 0.9}
@@ -73,7 +72,8 @@ def load(rounds: int) -> dict[str, Any]:
             ask(port, bodies[:8])
             with watched(port) as health:
                 report = ask(port, bodies)
-            is_quiet = counts(port) == (0, 0)
+            counts = Server(port).counts()
+            is_quiet = counts["llava_requests_running"] == counts["llava_requests_waiting"] == 0
         asked = report["clients"]
         whole = [one for one in asked if one["status"] == 200 and one["is_whole"]]
         refused = [one for one in asked if one["status"] in (429, 503)]
@@ -90,13 +90,6 @@ def load(rounds: int) -> dict[str, Any]:
             "is_quiet": is_quiet,
         }
     return found
-
-
-def counts(port: int) -> tuple[float, float]:
-    """Return how many requests a server's engine runs and keeps waiting."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-        lines = dict(line.split(" ") for line in response.read().decode().splitlines() if not line.startswith("#"))
-    return float(lines["llava_requests_running"]), float(lines["llava_requests_waiting"])
 
 
 def overhead(rounds: int) -> dict[str, Any]:

@@ -90,9 +90,14 @@ class RowParallelLinear(Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.config = config
 
+    @property
+    def num_slices(self) -> int:
+        """From how many slices of its inputs the product is summed."""
+        return self.config.pretraining_tp
+
     def forward(self, input: Tensor) -> Tensor:
         """Multiply. Raises: ConfigError when the inputs cannot be cut evenly."""
-        num_slices = self.config.pretraining_tp
+        num_slices = self.num_slices
         if num_slices == 1:
             return super().forward(input)
         if self.in_features % num_slices:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from llavakit.model.decoder import DecoderLayer, RowParallelLinear
+from llavakit.model.decoder import DecoderLayer
 from llavakit.model.linear import Linear, PackedLinear
 from llavakit.ops.attention import Attention
 from llavakit.ops.cpu.library import Kernels, LayerWeights
@@ -32,8 +32,7 @@ class JoinedLinear(PackedLinear):
         if others:
             weight = torch.cat([product.weight.to(dtype) for product in products.values()])
             bias = None if bias is None else torch.cat([product.bias for product in products.values()])
-        num_slices = first.config.pretraining_tp if isinstance(first, RowParallelLinear) else 1
-        super().__init__(weight.to(dtype), None if bias is None else bias.to(dtype), num_slices=num_slices)
+        super().__init__(weight.to(dtype), None if bias is None else bias.to(dtype), num_slices=first.num_slices)
         self.parts = {name: product.out_features for name, product in products.items()}
         """Outputs of each product, by its name in the layer."""
 

@@ -22,6 +22,11 @@ __all__ = ["Embedding", "LayerNorm", "Linear", "PackedLinear", "QuantizedLinear"
 class Linear(nn.Linear):
     """nn.Linear whose weight and bias follow the input's dtype."""
 
+    @property
+    def num_slices(self) -> int:
+        """From how many slices of its inputs the product is summed."""
+        return 1
+
     def reset_parameters(self) -> None:
         """Leave the weights as they are."""
 

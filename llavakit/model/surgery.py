@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llavakit.errors import ConfigError
 from llavakit.model.config import LlamaConfig
-from llavakit.model.decoder import DecoderLayer, RowParallelLinear, SwiGlu, TokenEmbedding
+from llavakit.model.decoder import DecoderLayer, SwiGlu, TokenEmbedding
 from llavakit.model.fused import FusedLayer, JoinedLinear
 from llavakit.model.linear import Linear, PackedLinear, QuantizedLinear
 from llavakit.model.llava import LlamaCore
@@ -143,8 +143,7 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> bool:
         return made
 
     def packed(_: str, child: Linear) -> PackedLinear:
-        num_slices = child.config.pretraining_tp if isinstance(child, RowParallelLinear) else 1
-        product = PackedLinear(child.weight.to(dtype), None if child.bias is None else child.bias.to(dtype), num_slices=num_slices)
+        product = PackedLinear(child.weight.to(dtype), None if child.bias is None else child.bias.to(dtype), num_slices=child.num_slices)
         steady.append(product.is_steady)
         return product
 

@@ -21,7 +21,7 @@ from llavakit.server.config import ServerConfig
 from llavakit.server.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from llavakit.server.faults import HttpError, fault_of
 from llavakit.server.gate import Gate
-from llavakit.server.keys import Caller, Guesses, Keys
+from llavakit.server.keys import Caller, Keys, wrong_keys
 from llavakit.server.openapi import document
 from llavakit.server.pages import PAGES
 from llavakit.server.protocol import ChatRequest, CompletionRequest, ScoreRequest, TokenizeRequest, read_request
@@ -45,7 +45,7 @@ class App:
         """With is_sagemaker /ping and /invocations are there too."""
         self.service, self.config, self.keys = service, config, keys
         self.gate = Gate(config, most=service.most_requests, has_keys=len(keys) > 0)
-        self.guesses = Guesses(config.wrong_keys_per_s)
+        self.wrong_keys = wrong_keys(config.wrong_keys_per_s)
         self.public = {"/health", *PAGES}
         self.routes: dict[str, dict[str, Handler]] = {
             "/health": {"GET": self._health},
@@ -131,7 +131,7 @@ class App:
             return self.keys.caller(exchange.headers)
         except HttpError:
             if exchange.header(b"authorization"):  # a question without any key is no guess
-                self.guesses.wrong(exchange.address)
+                self.wrong_keys.take(exchange.address)
             raise
 
     def _check_host(self, exchange: Exchange) -> None:

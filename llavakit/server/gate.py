@@ -30,7 +30,8 @@ class Gate:
         self._config, self._most, self._has_keys = config, most, has_keys
         self._inside: defaultdict[str, int] = defaultdict(int)
         per_minute = config.requests_per_minute
-        self._allowance = Allowance(per_minute, per_minute / _MINUTE_S, clock) if per_minute else None
+        told = f"a key may send {per_minute} requests a minute"
+        self._allowance = Allowance(per_minute, per_minute / _MINUTE_S, told, clock) if per_minute else None
         self.num_inside = 0
         self.is_draining = False
 
@@ -43,7 +44,8 @@ class Gate:
             raise HttpError(429, "rate_limit_exceeded", f"a key may have {self._config.max_per_key} requests at a time", retry_s=_retry_s())
         if self.num_inside >= self._most:
             raise HttpError(503, "overloaded", "the server has too much to do; try again later", retry_s=_retry_s())
-        self._take(caller)
+        if self._allowance is not None:
+            self._allowance.take(caller.name)
         self.num_inside += 1
         self._inside[caller.name] += 1
         try:
@@ -53,15 +55,6 @@ class Gate:
             self._inside[caller.name] -= 1
             if not self._inside[caller.name]:
                 del self._inside[caller.name]
-
-    def _take(self, caller: Caller) -> None:
-        """Take one of the requests that a key has in a minute; they come back evenly. Raises: HttpError (429)."""
-        if self._allowance is None:
-            return
-        if wait_s := self._allowance.wait_s(caller.name):
-            told = f"a key may send {self._config.requests_per_minute} requests a minute"
-            raise HttpError(429, "rate_limit_exceeded", told, retry_s=int(wait_s) + 1)
-        self._allowance.take(caller.name)
 
 
 def _retry_s() -> int:

@@ -1,7 +1,7 @@
 """Who may ask.
 
-Owns: Keys, Guesses and Caller. Invariants: keys are kept and compared as digests, in constant time; what a key is called in logs and in the
-cache says nothing of it.
+Owns: Keys and Caller. Invariants: keys are kept and compared as digests, in constant time; what a key is called in logs and in the cache
+says nothing of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llavakit.logs import logger
 from llavakit.server.allowance import Allowance
 from llavakit.server.faults import HttpError
 
-__all__ = ["Caller", "Guesses", "Keys", "read_keys"]
+__all__ = ["Caller", "Keys", "read_keys", "wrong_keys"]
 
 _LOG = logger("server")
 _MOST_KEY_BYTES = 1024
@@ -59,18 +59,12 @@ class Keys:
         return Caller(name[:_NAME_CHARS], name if len(self._digests) > 1 else "")
 
 
-class Guesses:
-    """Tells an address that tries keys to wait; a right key always opens, so that nobody behind the same proxy is locked out."""
+def wrong_keys(per_s: float, clock: Callable[[], float] = time.monotonic) -> Allowance:
+    """Give each address so many wrong keys a second, those of _BURST_S seconds at once.
 
-    def __init__(self, per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Per_s is how many wrong keys an address may give in a second, those of _BURST_S seconds at once."""
-        self._allowance = Allowance(max(1.0, per_s * _BURST_S), per_s, clock)
-
-    def wrong(self, address: str) -> None:
-        """Note a wrong key. Raises: HttpError (429)."""
-        if wait_s := self._allowance.wait_s(address):
-            raise HttpError(429, "rate_limit_exceeded", "too many wrong keys came from this address", retry_s=int(wait_s) + 1)
-        self._allowance.take(address)
+    A right key takes nothing and always opens, so that nobody behind the same proxy is locked out.
+    """
+    return Allowance(max(1.0, per_s * _BURST_S), per_s, "too many wrong keys came from this address", clock)
 
 
 def read_keys(path: Path) -> list[str]:

@@ -50,9 +50,9 @@ def test_a_replica_killed_under_load_loses_nothing_that_had_not_begun(server: Ru
     whole = server.chat(chat_body("How many things are there?", data_url(picture()), max_tokens=30))
     assert whole.status == 200
     text = whole.json()["choices"][0]["message"]["content"]
-    counts = dict(line.split() for line in server.ask("GET", "/metrics").body.decode().splitlines() if not line.startswith("#"))
-    assert float(counts["llava_answer_tokens"]) >= whole.json()["usage"]["completion_tokens"]
-    assert float(counts["llava_cache_blocks"]) == 2 * SMALL().engine.settings.num_blocks, "of both replicas"
+    counts = server.counts()
+    assert counts["llava_answer_tokens"] >= whole.json()["usage"]["completion_tokens"]
+    assert counts["llava_cache_blocks"] == 2 * SMALL().engine.settings.num_blocks, "of both replicas"
 
     def ask(number: int) -> Reply:
         return server.chat(chat_body("How many things are there?", data_url(picture(number % 8)), max_tokens=30, stream=number % 2 == 0))

@@ -6,8 +6,6 @@
 #include "kernels.h"
 #include "lanes.h"
 
-#define SERIAL_ELEMENTS 32768
-
 static inline __attribute__((always_inline)) lanes gated(lanes gate, lanes up, const int is_half) {
     lanes e = exp_lanes(choose(gate > all(0), -gate, gate)); /* exp(-|gate|) never overflows */
     return rounded(gate * choose(gate > all(0), all(1), e) / (e + all(1)), is_half) * up;

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#define SERIAL_ELEMENTS 32768 /* below which a team of threads costs more than it saves where each is touched once */
+
 typedef struct {
     const void *x, *w, *bias;
     void *y;

@@ -5,8 +5,6 @@
 #include "kernels.h"
 #include "lanes.h"
 
-#define SERIAL_ELEMENTS 32768
-
 typedef struct {
     const void *w, *bias;
     int64_t num_outputs, num_steps;

@@ -6,8 +6,6 @@
 #include "kernels.h"
 #include "lanes.h"
 
-#define SERIAL_ELEMENTS 32768
-
 static inline __attribute__((always_inline)) void norm_row(const norm_rows *p, int64_t row, const int is_half) {
     const int64_t at = row * p->width, width = p->width;
     const void *x = p->added ? p->sum : p->x;

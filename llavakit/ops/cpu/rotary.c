@@ -5,8 +5,6 @@
 #include "kernels.h"
 #include "lanes.h"
 
-#define SERIAL_ELEMENTS 32768
-
 static inline __attribute__((always_inline)) void rotate_head(const rotary_rows *p, size_t from, size_t angle, void *out, size_t to, const int is_half) {
     const int64_t half = p->head_dim / 2;
     for (int64_t d = 0; d < half; d += 16) {

@@ -32,6 +32,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 Op = Callable[[Tensor], Tensor]
 
 
+@pytest.fixture
+def kernels() -> Kernels:
+    """Our kernels, where they can be compiled."""
+    found = load_kernels()
+    if found is None:
+        pytest.skip("there is no C compiler")
+    return found
+
+
 def linear(dtype: torch.dtype, width: int, num_out: int, *, num_slices: int = 1, bias: bool = True) -> Op:
     layer = Linear(width, num_out, bias=bias)
     generator = torch.Generator().manual_seed(width)
@@ -175,9 +184,8 @@ def test_fusing_lets_each_weight_go_before_the_next_is_packed(monkeypatch: pytes
 
 @pytest.mark.parametrize("kind", ["llama", "biases", "wide-heads", "qwen2", "slices"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("kernels")
 def test_a_fused_layer_is_its_reference(dtype: torch.dtype, kind: str) -> None:
-    if load_kernels() is None:
-        pytest.skip("there is no C compiler")
     config = decoder_config(kind)
     if kind == "slices":
         config.pretraining_tp = 2
@@ -194,10 +202,9 @@ def test_a_fused_layer_is_its_reference(dtype: torch.dtype, kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 16), (3, 1, 6), (2, 2, 128)])
-def test_rotated_heads_are_the_references_bits(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    kernels = load_kernels()
-    if kernels is None:
-        pytest.skip("there is no C compiler")
+def test_rotated_heads_are_the_references_bits(
+    dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, kernels: Kernels
+) -> None:
     for num_tokens in (1, 5, 300):
         counts = [num_heads, num_kv_heads, num_kv_heads]
         x_TX = torch.randn(num_tokens, sum(counts) * head_dim, generator=torch.Generator().manual_seed(num_tokens)).to(dtype)
@@ -211,10 +218,7 @@ def test_rotated_heads_are_the_references_bits(dtype: torch.dtype, num_heads: in
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_norm_after_a_sum_is_the_references(dtype: torch.dtype) -> None:
-    kernels = load_kernels()
-    if kernels is None:
-        pytest.skip("there is no C compiler")
+def test_a_norm_after_a_sum_is_the_references(dtype: torch.dtype, kernels: Kernels) -> None:
     for num_rows, width in ((1, 64), (5, 7), (40, 1000), (3, 4096)):
         x_TD, added_TD = torch.randn(2, num_rows, width, generator=torch.Generator().manual_seed(width)).to(dtype)
         layer = norm(dtype, width)

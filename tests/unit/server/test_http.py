@@ -16,7 +16,7 @@ from llavakit.errors import CapacityError, ConfigError
 from llavakit.logs import show_logs
 from llavakit.server.config import ServerConfig
 from llavakit.server.faults import HttpError
-from llavakit.server.keys import Guesses, Keys, read_keys
+from llavakit.server.keys import Keys, read_keys, wrong_keys
 from llavakit.server.pages import PAGES
 from llavakit.server.run import bind
 from tests.serving import Running, chat_body, data_url, picture, running
@@ -315,11 +315,11 @@ def test_an_address_that_tries_keys_is_told_to_wait_and_locks_nobody_out() -> No
 
 def test_an_address_gets_its_guesses_back_and_its_neighbours_keep_theirs() -> None:
     now = 100.0
-    guesses = Guesses(2.0, clock=lambda: now)
+    guesses = wrong_keys(2.0, clock=lambda: now)
 
     def is_refused(address: str) -> bool:
         try:
-            guesses.wrong(address)
+            guesses.take(address)
         except HttpError:
             return True
         return False
