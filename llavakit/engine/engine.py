@@ -88,9 +88,10 @@ class _Task:
     request: Request
     job: Job
     pictures: dict[str, Picture]
+    answers: list[Answer]
     lora: Lora | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
-    answers: dict[Row, Answer] = field(default_factory=dict)
+    by_row: dict[Row, Answer] = field(default_factory=dict)
     logits: dict[Row, Tensor] = field(default_factory=dict)
     """Of a beam search's rows that wait for the others."""
     lookups: dict[Row, Lookup] = field(default_factory=dict)
@@ -141,7 +142,7 @@ class Engine:
         if not is_embedded:
             self._check_ids(prompt.ids)
         adapter, lora = self._adapter(request.terms.adapter)
-        most_rows = request.params.num_beams if request.beams is not None else len(request.answers)
+        most_rows = request.params.num_beams if request.beams is not None else request.num_answers
         needed = self.scheduler.blocks_needed(len(prompt.ids), request.max_tokens, most_rows)
         if needed > self.settings.num_blocks:
             raise CapacityError(
@@ -158,8 +159,9 @@ class Engine:
             is_cached=not is_embedded,
             most_found=None if request.logprobs_from is None else request.logprobs_from - 1,
         )
-        task = _Task(request, job, {picture.digest: picture for picture in pictures}, lora)
-        task.answers[job.rows[0]] = request.answers[0]
+        answers = request.start_answers()
+        task = _Task(request, job, {picture.digest: picture for picture in pictures}, answers, lora)
+        task.by_row[job.rows[0]] = answers[0]
         self._num_added += 1
         self._tasks[job.number] = task
         self.scheduler.add(job)
@@ -190,7 +192,7 @@ class Engine:
         """End a request now; its last event, with what there is of the answer, comes with the next step."""
         task = self._tasks.get(number)
         if task is not None:
-            self._end(task, task.request.failed("abort", None))
+            self._end(task, task.answers[0].failed("abort", None))
 
     def is_queued(self, number: int) -> bool:
         """Tell whether a request holds no memory: it waits for its first step, or to come back."""
@@ -314,9 +316,9 @@ class Engine:
             self._end(task, request.scored())
         elif request.beams is not None:
             self._search(task, row, logits_MV[0])
-        elif len(request.answers) > 1 and not any(answer.ids for answer in request.answers):
-            self.runner.copy_pages(self.scheduler.regroup(job, [0] * len(request.answers)))
-            task.answers = dict(zip(job.rows, request.answers, strict=True))
+        elif request.num_answers > 1 and not any(answer.ids for answer in task.answers):
+            self.runner.copy_pages(self.scheduler.regroup(job, [0] * request.num_answers))
+            task.by_row = dict(zip(job.rows, task.answers, strict=True))
             for answering in tuple(job.rows):
                 self._extend(task, answering, logits_MV, likeliest)
         else:
@@ -324,7 +326,7 @@ class Engine:
 
     def _extend(self, task: _Task, row: Row, logits_MV: Tensor, likeliest: list[int] | None) -> None:
         """Let an answer take a token, and further ones as long as they are those that were guessed."""
-        answer, draft, num_before = task.answers[row], row.draft, len(row.ids)
+        answer, draft, num_before = task.by_row[row], row.draft, len(row.ids)
         row.draft, num_right = (), 0
         for index, logits_V in enumerate(logits_MV):
             token = answer.choose(logits_V) if likeliest is None else likeliest[index]
@@ -333,7 +335,7 @@ class Engine:
             self._num_tokens += 1
             text = answer.push(token)
             is_over = answer.finish_reason is not None
-            is_last = is_over and all(other.finish_reason is not None for other in task.request.answers)
+            is_last = is_over and all(other.finish_reason is not None for other in task.answers)
             completion = answer.completion() if is_over else None
             self._events.append(TokenEvent(task.job.number, token, text, completion, answer.draw, logprob, is_last))
             if is_over or index == len(draft) or token != draft[index]:
@@ -347,7 +349,7 @@ class Engine:
         elif is_last:
             self._forget(task)
         else:
-            del task.answers[row]
+            del task.by_row[row]
             self.scheduler.drop_row(task.job, row)
 
     def _guess(self, task: _Task, row: Row, answer: Answer) -> None:
@@ -373,7 +375,7 @@ class Engine:
             self._num_tokens += len(following.tokens)
             return
         best, *others = request.searched()
-        answer = request.answers[0]
+        answer = task.answers[0]
         for token in best.ids:
             text, is_last = answer.push(token), len(answer.ids) == len(best.ids)
             completion = replace(best, others=tuple(others)) if is_last else None
@@ -382,7 +384,7 @@ class Engine:
 
     def _fail(self, task: _Task, error: Exception) -> None:
         """End a request that cannot go on; nothing it computed is found again."""
-        completion = task.request.failed("error", str(error))
+        completion = task.answers[0].failed("error", str(error))
         self._forget(task, is_failed=True)
         self._events.append(TokenEvent(task.job.number, None, "", completion, is_last=True, error=error))
 

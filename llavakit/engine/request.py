@@ -79,7 +79,10 @@ class Terms:
 
 
 class Request:
-    """A prompt, its parameters and terms, and its answers; a beam search has one, which is found at its end."""
+    """A prompt, its parameters and terms.
+
+    It does not know its answers, which know it: a request that is dropped, with its pictures, is gone at once.
+    """
 
     def __init__(self, prompt: Prompt, params: SamplingParams, terms: Terms) -> None:
         """Check that the prompt leaves room for an answer.
@@ -107,7 +110,9 @@ class Request:
         self.is_greedy = self.has_plain_scores and params.temperature == 0
         adjusted = None if self.has_plain_scores else self.adjusted
         self.beams = None if params.num_beams == 1 else BeamSearch(params, self.end_ids, self.max_tokens, adjusted)
-        self.answers = [Answer(self, draw) for draw in range(1 if self.beams is not None else params.n)]
+        self.num_answers = 1 if self.beams is not None else params.n
+        constrain = terms.constrain if params.is_constrained else None
+        self._constraints = [None if constrain is None else constrain(params) for _ in range(self.num_answers)]
         self.prompt_logprobs: list[TokenLogprob] = []
         scores_prompt = terms.scored_from is not None or params.prompt_logprobs is not None
         self.logprobs_from = (1 if terms.scored_from is None else terms.scored_from) if scores_prompt else None
@@ -122,6 +127,10 @@ class Request:
         """Return the prompt's ids, where it has such, and then these."""
         return list(ids) if self.terms.embeds_TD is not None else [*self.prompt.ids, *ids]
 
+    def start_answers(self) -> list[Answer]:
+        """Begin its answers; a beam search has one, which is found at its end."""
+        return [Answer(self, draw, constraint) for draw, constraint in enumerate(self._constraints)]
+
     def adjusted(self, scores_V: Tensor, ids: Sequence[int]) -> Tensor:
         """Return scores after penalties and hooks, for an answer of these ids."""
         every = self.every(ids)
@@ -135,18 +144,13 @@ class Request:
         assert self.beams is not None
         completions = []
         for found in self.beams.best()[: self.params.n]:
-            answer = Answer(self, 0)
+            answer = Answer(self, 0, None)
             for token in found.ids:
                 answer.push(token)
                 if answer.finish_reason is not None:
                     break
             completions.append(replace(answer.completion(), score=found.score))
         return completions
-
-    def failed(self, reason: FinishReason, error: str | None) -> Completion:
-        """Return what there is of a request that ends before its time: the first answer so far."""
-        answer = self.answers[0]
-        return Completion(answer.text, tuple(answer.ids), reason, Usage(len(self.prompt.ids), len(answer.ids)), error=error)
 
     def scored(self) -> Completion:
         """Return the completion of a request that generates nothing."""
@@ -156,17 +160,17 @@ class Request:
 class Answer:
     """One growing answer of a request."""
 
-    def __init__(self, request: Request, draw: int) -> None:
+    def __init__(self, request: Request, draw: int, constraint: Constraint | None) -> None:
         self.request, self.draw = request, draw
         self.ids: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.logprobs: list[TokenLogprob] = []
-        tokenizer, params = request.terms.tokenizer, request.params
+        tokenizer = request.terms.tokenizer
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._matcher = StopMatcher(request.stops)
         self._generator: torch.Generator | None = None
-        self._constraint = request.terms.constrain(params) if request.terms.constrain is not None and params.is_constrained else None
+        self._constraint = constraint
 
     def choose(self, logits_V: Tensor) -> int:
         """Choose the next token from the model's logits."""
@@ -213,6 +217,10 @@ class Answer:
             logprobs=None if request.params.logprobs is None else tuple(self.logprobs),
             prompt_logprobs=None if request.params.prompt_logprobs is None else tuple(request.prompt_logprobs),
         )
+
+    def failed(self, reason: FinishReason, error: str | None) -> Completion:
+        """Return what there is of it, where its request ends before its time."""
+        return Completion(self.text, tuple(self.ids), reason, Usage(len(self.request.prompt.ids), len(self.ids)), error=error)
 
     def _draws(self) -> torch.Generator:
         """Return the answer's own generator; draw i of a seeded request has the seed that follows i times."""

@@ -61,7 +61,10 @@ class Stream:
         event = await self._events.get()
         self._is_over = event.is_last
         if event.error is not None:
-            raise event.error
+            try:
+                raise event.error
+            finally:
+                del event  # the error knows this frame
         return event
 
     async def completion(self) -> Completion:

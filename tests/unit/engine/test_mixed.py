@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.harness import write_result
 from llavakit.engine.engine import Engine, EngineSettings
-from llavakit.engine.request import Request, Terms
+from llavakit.engine.request import Request, Terms, TokenEvent
 from llavakit.types import Conversation, SamplingParams, TextPart
 from tests.unit.engine.test_engine import picture, tiny_llm
 
@@ -58,11 +58,12 @@ def draw_cases(count: int, seed: int) -> list[Case]:
 
 
 class Recorded:
-    """A request whose scores are summed up as they come, answer by answer."""
+    """A request whose scores are summed up as they come, answer by answer, and what it got."""
 
     def __init__(self, case: Case, dtype: str) -> None:
         llm = tiny_llm(dtype)
         self.sums: Counter[bytes] = Counter()
+        self.answers: dict[int, tuple[object, ...]] = {}
         prompt = llm.processor.prompt(case.conversation)
         terms = Terms(context_len=256, end_ids=llm.requests.end_ids, tokenizer=llm.processor.tokenizer, hooks=(self._note,))
         self.request = Request(prompt, case.params, terms)
@@ -71,8 +72,13 @@ class Recorded:
         self.sums[hashlib.sha256(ids.numpy().tobytes() + scores.float().numpy().tobytes()).digest()] += 1
         return scores
 
+    def hear(self, event: TokenEvent) -> None:
+        if (found := event.completion) is not None:
+            self.answers[event.answer] = (found.ids, found.text, found.finish_reason)
+
     def result(self) -> tuple[object, ...]:
-        return self.sums, [(answer.ids, answer.text, answer.finish_reason) for answer in self.request.answers]
+        assert len(self.answers) == self.request.params.n
+        return self.sums, self.answers
 
 
 def alone(cases: Sequence[Case], dtype: str) -> list[tuple[object, ...]]:
@@ -82,8 +88,8 @@ def alone(cases: Sequence[Case], dtype: str) -> list[tuple[object, ...]]:
         recorded = Recorded(case, dtype)
         engine = Engine(tiny_llm(dtype).core, EngineSettings(num_blocks=16, max_batch=2, prefix_cache=False))
         engine.add(recorded.request)
-        for _ in engine.run():
-            pass
+        for event in engine.run():
+            recorded.hear(event)
         results.append(recorded.result())
     return results
 
@@ -102,15 +108,19 @@ def in_company(cases: Sequence[Case], dtype: str, batch: int, seed: int) -> tupl
     engine = Engine(tiny_llm(dtype).core, settings)
     waiting = [Recorded(case, dtype) for case in cases]
     recorded = list(waiting)
+    running: dict[int, Recorded] = {}
     passing: list[int] = []
     while waiting or engine.has_work:
         while waiting and (len(engine._tasks) < 2 * batch) and chance.random() < 0.7:
-            engine.add(waiting.pop(0).request)
+            one = waiting.pop(0)
+            running[engine.add(one.request)] = one
             if chance.random() < 0.1:
                 passing.append(engine.add(Recorded(chance.choice(cases), dtype).request))
         if passing and chance.random() < 0.2:
             engine.abort(passing.pop())
-        engine.step()
+        for event in engine.step():
+            if event.request in running:
+                running[event.request].hear(event)
         engine.scheduler.check_integrity()
     assert engine.stats().num_used_blocks == 0
     return [one.result() for one in recorded], engine
