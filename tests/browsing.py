@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import BrowserContext, ConsoleMessage, Dialog, Locator, Request, expect
+from playwright.sync_api import BrowserContext, ConsoleMessage, Dialog, Locator, Request
 
 __all__ = ["SCENE", "SLOW", "WATCH", "Tab"]
 
 SCENE = Path(__file__).parents[1] / "examples" / "scene.png"
 WATCH = "addEventListener('securitypolicyviolation', (event) => console.error(`policy: ${event.violatedDirective} ${event.blockedURI}`))"
+_WAIT_MS = 10_000
 # The server's own answers, handed to the page some bytes at a time.
 SLOW = """
 const real = fetch;
@@ -49,7 +50,7 @@ class Tab:
 
     def __post_init__(self) -> None:
         self.page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
+        self.page.set_default_timeout(_WAIT_MS)
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("dialog", self._dialog)
@@ -61,14 +62,14 @@ class Tab:
         self.problem, self.facts = self.last.locator(".problem"), self.last.locator(".facts")
         self.status, self.alert = self.page.get_by_role("status"), self.page.get_by_role("alert")
         self.page.goto(self.address)
-        expect(self.page.locator("#model option")).not_to_have_count(0)
+        self.until("document.querySelector('#model option')")
 
     def button(self, name: str) -> Locator:
         return self.page.get_by_role("button", name=name, exact=True)
 
     def attach(self, path: Path = SCENE) -> None:
         self.page.set_input_files("#files", path)
-        expect(self.tray.last).to_contain_text("tokens")
+        self.until("tray.lastElementChild?.textContent.includes('tokens')")
 
     def say(self, question: str) -> None:
         self.box.fill(question)
@@ -80,8 +81,23 @@ class Tab:
 
     def answer(self, state: str = "done") -> str:
         """Wait until the last answer has ended so."""
-        expect(self.last).to_have_attribute("data-state", state)
+        self.until(f"log.lastElementChild.dataset.state === '{state}'")
         return self.last.locator(".answer").inner_text()
+
+    def until(self, condition: str) -> None:
+        """Wait for the frame in which a JavaScript condition holds; Playwright's own waiting asks every 100 to 1,000 ms."""
+        self.page.evaluate(
+            f"""(limit) => new Promise((resolve, reject) => {{
+              const end = performance.now() + limit;
+              const look = () => {{
+                if ({condition}) resolve();
+                else if (performance.now() > end) reject(new Error("it did not become so"));
+                else requestAnimationFrame(look);
+              }};
+              look();
+            }})""",
+            _WAIT_MS,
+        )
 
     def greedy(self) -> None:
         self.button("Settings").click()

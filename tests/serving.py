@@ -23,12 +23,13 @@ from typing import Any
 
 from llavakit.engine.llm import LLM
 from llavakit.engine.service import AsyncEngine
+from llavakit.server.address import bind
 from llavakit.server.app import App
 from llavakit.server.backend import Backend, LocalBackend
 from llavakit.server.config import ServerConfig
 from llavakit.server.fetch import Fetcher
 from llavakit.server.keys import Keys
-from llavakit.server.run import Leaving, bind, host
+from llavakit.server.run import Leaving, host
 from llavakit.server.service import Service
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import draw_scene

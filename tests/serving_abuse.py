@@ -1,6 +1,6 @@
 """Bad clients beside a good one, for so many seconds.
 
-Owns: abuse and its Counts. Each bad client draws what it does from its own seed; the good one asks what it knows the answer to.
+Owns: abuse, its Counts and its ACTS. Each bad client draws what it does from its own seed; the good one asks what it knows the answer to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from tests.serving import Server, chat_body, data_url, picture
 from tests.soak.mutants import mutant
 
-__all__ = ["Counts", "abuse", "mutated"]
+__all__ = ["ACTS", "Counts", "abuse", "mutated"]
 
 _NUM_BAD = 6
 _QUESTION = "How many things are there?"
@@ -54,7 +54,7 @@ def abuse(server: Server, seconds: float, *, seed: int = 0, process: int | None 
     def bad(number: int) -> None:
         rng = random.Random(f"{seed}/{number}")
         while time.monotonic() < until:
-            act = rng.choice(_ACTS)
+            act = rng.choice(ACTS)
             status = act(server, rng)
             with guard:
                 counts.acts[act.__name__] += 1
@@ -160,7 +160,7 @@ def _other_paths(server: Server, rng: random.Random) -> int:
     return 400
 
 
-_ACTS = (_mutated_body, _mutated_body, _damaged_bytes, _damaged_picture, _goes_away, _half_closes, _no_http, _other_paths)
+ACTS = (_mutated_body, _mutated_body, _damaged_bytes, _damaged_picture, _goes_away, _half_closes, _no_http, _other_paths)
 
 
 def _rss(process: int) -> int:

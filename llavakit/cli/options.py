@@ -84,13 +84,15 @@ class EngineOptions:
     adapters: tuple[str, ...] = ()
     """PEFT adapters as NAME=FOLDER; requests name them as models."""
 
+    def __post_init__(self) -> None:
+        for adapter in self.adapters:
+            if not all(adapter.partition("=")):
+                raise ConfigError(f"adapters are NAME=FOLDER, got {adapter!r}")
+
     def settings(self) -> dict[str, Any]:
-        """Translate into LLM's arguments. Raises: ConfigError."""
-        named = [adapter.partition("=") for adapter in self.adapters]
-        if wrong := [name for name, sign, folder in named if not (name and sign and folder)]:
-            raise ConfigError(f"adapters are NAME=FOLDER, got {wrong[0]!r}")
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**values, "adapters": {name: folder for name, _, folder in named}}
+        """Translate into LLM's arguments."""
+        named = {name: folder for name, _, folder in (adapter.partition("=") for adapter in self.adapters)}
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, "adapters": named}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,9 @@ from cyclopts import Parameter
 from llavakit.cli.options import EngineOptions, ModelOptions
 from llavakit.errors import ConfigError
 from llavakit.logs import show_logs
+from llavakit.server.address import bind
 from llavakit.server.config import ClusterConfig, ServerConfig
+from llavakit.server.keys import Keys, read_keys
 
 __all__ = ["serve"]
 
@@ -41,19 +43,17 @@ def serve(
     sagemaker
         Serve as SageMaker's containers do: /ping and /invocations, all addresses, port 8080, no key, the model of /opt/ml/model.
     """
-    try:
-        from llavakit.server.backend import Backend, LocalBackend
-        from llavakit.server.keys import Keys, read_keys
-        from llavakit.server.run import bind
-        from llavakit.server.run import serve as run
-    except ImportError as error:
-        raise ConfigError(f"serving needs some packages ({error.name}): pip install 'llavakit[server]'") from error
     show_logs(form="json")
     if sagemaker:
         server = replace(server, host="0.0.0.0", port=8080, insecure=True, allowed_hosts=("*",))
         options = replace(options, model=options.model or str(_SAGEMAKER_MODEL))
     keys = Keys([] if api_key_file is None else read_keys(api_key_file))
     listener = bind(server, keys)
+    try:
+        from llavakit.server.backend import Backend, LocalBackend
+        from llavakit.server.run import serve as run
+    except ImportError as error:
+        raise ConfigError(f"serving needs some packages ({error.name}): pip install 'llavakit[server]'") from error
     backend: Backend
     if cluster.cluster:
         from llavakit.server.cluster import start_cluster

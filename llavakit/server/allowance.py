@@ -1,6 +1,6 @@
 """So many a while for each of those who ask.
 
-Owns: Allowance. Invariant: memory is bounded, whoever asks: those who have all they may have are forgotten.
+Owns: Allowance. Invariant: memory and time are bounded, whoever asks: of too many, those who have taken nothing for longest are forgotten.
 """
 
 from __future__ import annotations
@@ -25,20 +25,12 @@ class Allowance:
 
     def take(self, name: str) -> None:
         """Take one. Raises: HttpError (429), which says when there is one again."""
-        left = self._now(name)
-        if left < 1:
-            raise HttpError(429, "rate_limit_exceeded", self._told, retry_s=int((1 - left) / self._rate_s) + 1)
-        if name not in self._left and len(self._left) >= _MOST_NAMES:
-            self._forget()
-        self._left[name] = (left - 1, self._clock())
-
-    def _now(self, name: str) -> float:
         now = self._clock()
         left, then = self._left.get(name, (self._most, now))
-        return min(self._most, left + (now - then) * self._rate_s)
-
-    def _forget(self) -> None:
-        """Forget those who have everything again, and if nobody has, the one who came first."""
-        self._left = {name: found for name, found in self._left.items() if self._now(name) < self._most}
-        while len(self._left) >= _MOST_NAMES:
+        left = min(self._most, left + (now - then) * self._rate_s)
+        if left < 1:
+            raise HttpError(429, "rate_limit_exceeded", self._told, retry_s=int((1 - left) / self._rate_s) + 1)
+        self._left.pop(name, None)
+        self._left[name] = (left - 1, now)  # the last of all
+        if len(self._left) > _MOST_NAMES:
             del self._left[next(iter(self._left))]

@@ -21,7 +21,7 @@ from llavakit.server.config import ServerConfig
 from llavakit.server.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from llavakit.server.faults import HttpError, fault_of
 from llavakit.server.gate import Gate
-from llavakit.server.keys import Caller, Keys, wrong_keys
+from llavakit.server.keys import Caller, Keys, WrongKeys
 from llavakit.server.openapi import document
 from llavakit.server.pages import PAGES
 from llavakit.server.protocol import ChatRequest, CompletionRequest, ScoreRequest, TokenizeRequest, read_request
@@ -45,7 +45,7 @@ class App:
         """With is_sagemaker /ping and /invocations are there too."""
         self.service, self.config, self.keys = service, config, keys
         self.gate = Gate(config, most=service.most_requests, has_keys=len(keys) > 0)
-        self.wrong_keys = wrong_keys(config.wrong_keys_per_s)
+        self.wrong_keys = WrongKeys(config.wrong_keys_per_s)
         self.public = {"/health", *PAGES}
         self.routes: dict[str, dict[str, Handler]] = {
             "/health": {"GET": self._health},
@@ -92,12 +92,10 @@ class App:
         except ClientGoneError:
             exchange.status = exchange.status or 499
         except Exception as error:  # the edge of the server: whatever happened is told in its form
-            fault = fault_of(error)
-            if fault.status == 500:
-                _LOG.exception("a request failed", extra={"fields": {"request": exchange.request_id}})
+            _note(error, "a request failed", request=exchange.request_id)
             if exchange.status is not None:
                 raise  # an answer that has begun ends here, and the connection with it
-            await exchange.fail(fault)
+            await exchange.fail(fault_of(error))
         finally:
             seconds = time.monotonic() - began
             self.service.metrics.responses.labels(route, str(exchange.status or 0)).inc()
@@ -296,10 +294,8 @@ class App:
                 if written := b"".join(map(event, form.piece(one, first=number * num_choices))):
                     yield written
         except Exception as error:  # told in the stream, since its status is sent
-            fault = fault_of(error)
-            if fault.status == 500:
-                _LOG.exception("a stream failed")
-            yield event(fault.body())
+            _note(error, "a stream failed")
+            yield event(fault_of(error).body())
             return
         if has_usage:
             yield event(form.usage(answers.groups()))
@@ -348,6 +344,12 @@ class _Answers:
         return [[group[place] for place in sorted(group)] for group in self._found]
 
 
+def _note(error: Exception, what: str, **fields: str) -> None:
+    """Log an error that is not the client's."""
+    if fault_of(error).status == 500:
+        _LOG.error(what, exc_info=error, extra={"fields": fields})
+
+
 def _wants_usage(asked: ChatRequest | CompletionRequest) -> bool:
     return asked.stream_options is not None and asked.stream_options.include_usage
 
@@ -368,7 +370,10 @@ async def _merged(streams: Sequence[Answering], check: Callable[[], None], limit
         while True:
             number, one = found
             if isinstance(one, BaseException):
-                raise one
+                try:
+                    raise one
+                finally:
+                    del one, found  # the error knows this frame
             left -= one is None
             if one is not None:
                 yield number, one

@@ -44,7 +44,7 @@ def conversation_of(messages: Sequence[ChatMessage], pictures: Sequence[bytes], 
             else:
                 parts.append(TextPart(part if isinstance(part, str) else part.text))
         turn = Message(_ROLES[message.role], tuple(parts))
-        if not turn.images and not turn.text.strip():
+        if message.role != "assistant" and not turn.images and not turn.text.strip():  # an answer may end before it says anything
             raise _wrong(f"messages.{place}.content", "a message must say something")
         num_chars += len(turn.text)
         turns.append(turn)

@@ -197,7 +197,10 @@ class _Asked:
             self.has_begun = True
             self._is_over = event.is_last
             if event.error is not None:
-                raise event.error
+                try:
+                    raise event.error
+                finally:
+                    del event  # the error knows this frame
             return event
 
     def abort(self) -> None:

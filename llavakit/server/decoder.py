@@ -1,8 +1,8 @@
 """A process that decodes pictures and does nothing else: run as `python -m llavakit.server.decoder`, told to by decoders.py.
 
-Owns: its half of the protocol. A request is a letter (S: width and height alone, D: pixels too), a length and a picture's bytes; an answer
-a status, and width, height and RGB pixels, or what is wrong with the picture. What kills it (a decoder's bug, too much memory, too much
-time) kills nothing else.
+Owns: its half of the protocol. It says READY once it has started. A request is a letter (S: width and height alone, D: pixels too), a
+length and a picture's bytes; an answer a status, and width, height and RGB pixels, or what is wrong with the picture. What kills it (a
+decoder's bug, too much memory, too much time) kills nothing else.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from typing import BinaryIO
 from llavakit.errors import AnimationError, ImageError
 from llavakit.processing.decode import ImageLimits, decode_image, image_size
 
-__all__ = ["ANIMATED", "FINE", "HEAD", "REPLY", "SIZE", "WRONG", "serve"]
+__all__ = ["ANIMATED", "FINE", "HEAD", "READY", "REPLY", "SIZE", "WRONG", "serve"]
 
+READY = b"R"
 HEAD, REPLY = struct.Struct("<cI"), struct.Struct("<BI")
 FINE, WRONG, ANIMATED = 0, 1, 2
 SIZE = struct.Struct("<II")
 
 
 def serve(source: BinaryIO, sink: BinaryIO, limits: ImageLimits) -> None:
-    """Answer requests until there are no more."""
+    """Say that requests may come, and answer them until there are no more."""
+    sink.write(READY)
+    sink.flush()
     while len(head := source.read(HEAD.size)) == HEAD.size:
         wanted, length = HEAD.unpack(head)
         data = source.read(length)

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from llavakit.errors import AnimationError, ImageError
+from llavakit.errors import AnimationError, BusyError, ImageError
 from llavakit.logs import logger
 from llavakit.server.config import ServerConfig
-from llavakit.server.decoder import ANIMATED, FINE, HEAD, REPLY, SIZE
+from llavakit.server.decoder import ANIMATED, FINE, HEAD, READY, REPLY, SIZE
 
 __all__ = ["Decoders"]
 
@@ -57,11 +57,11 @@ class Decoders:
             self._free.put_nowait(decoder)
 
     async def sizes(self, pictures: Sequence[bytes]) -> list[tuple[int, int]]:
-        """Read the width and height of pictures. Raises: ImageError."""
+        """Read the width and height of pictures. Raises: ImageError, BusyError."""
         return [SIZE.unpack(await self._ask(b"S", data)) for data in pictures]
 
     async def images(self, pictures: Sequence[bytes]) -> list[Image.Image]:
-        """Decode pictures. Raises: ImageError."""
+        """Decode pictures. Raises: ImageError, BusyError."""
         images = []
         for data in pictures:
             reply = await self._ask(b"D", data)
@@ -100,10 +100,18 @@ class Decoders:
         raise (AnimationError if status == ANIMATED else ImageError)(reply.decode())
 
     async def _running(self, decoder: _Decoder) -> Process:
-        if decoder.process is None or decoder.process.returncode is not None:
-            decoder.num_pictures = 0
+        """Return its process, started if need be. Raises: BusyError; what keeps one from starting is no picture's fault."""
+        if decoder.process is not None and decoder.process.returncode is None:
+            return decoder.process
+        decoder.num_pictures = 0
+        try:
             async with asyncio.timeout(_START_S):
                 decoder.process = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+                assert decoder.process.stdout is not None
+                await decoder.process.stdout.readexactly(len(READY))
+        except (TimeoutError, OSError, asyncio.IncompleteReadError) as error:
+            _LOG.warning("no process that decodes pictures could be started (%s)", type(error).__name__)
+            raise BusyError("no process that decodes pictures could be started") from error
         return decoder.process
 
 

@@ -94,17 +94,31 @@ class Exchange:
         raise HttpError(415, "unsupported_media_type", "a body must be application/json, or multipart/form-data with a field request")
 
     async def unless_gone(self, work: Awaitable[T]) -> T:
-        """Wait for work; end it when the client goes away. Raises: ClientGoneError, and what work raises."""
-        working, watching = asyncio.ensure_future(work), asyncio.ensure_future(self._gone())
-        try:
-            await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise ClientGoneError
-            return working.result()
-        finally:
-            for task in (working, watching):
+        """Wait for work; end it when the client goes away. Raises: ClientGoneError, and what work raises.
+
+        Work runs in the request's own task: another one would keep its error, whose frames know that task.
+        """
+        task, watching = asyncio.current_task(), asyncio.ensure_future(self._gone())
+        assert task is not None
+        is_gone = is_over = False
+
+        def leave(_: object) -> None:
+            nonlocal is_gone
+            if not is_over:
+                is_gone = True
                 task.cancel()
-            await asyncio.gather(working, watching, return_exceptions=True)
+
+        watching.add_done_callback(leave)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if is_gone and not task.uncancel():
+                raise ClientGoneError from None
+            raise
+        finally:
+            is_over = True
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
 
     async def respond(self, status: int, body: bytes, kind: str, *, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
         """Answer."""

@@ -54,8 +54,10 @@ def build_protocol(header_s: float, write_s: float) -> type[H11Protocol]:
                 self._stop_expecting()
 
         def send_400_response(self, msg: str) -> None:
-            error = sys.exception()
-            status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+            error, status = sys.exception(), 400
+            if isinstance(error, h11.RemoteProtocolError):
+                status = error.error_status_hint
+                error.__traceback__ = None  # a frame of h11's holds the error, and others the bytes that came
             if status != _TOO_LARGE or self.conn.our_state is not h11.IDLE:
                 super().send_400_response(msg)
                 return

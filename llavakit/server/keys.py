@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from llavakit.logs import logger
 from llavakit.server.allowance import Allowance
 from llavakit.server.faults import HttpError
 
-__all__ = ["Caller", "Keys", "read_keys", "wrong_keys"]
+__all__ = ["Caller", "Keys", "WrongKeys", "read_keys"]
 
 _LOG = logger("server")
 _MOST_KEY_BYTES = 1024
@@ -59,12 +60,29 @@ class Keys:
         return Caller(name[:_NAME_CHARS], name if len(self._digests) > 1 else "")
 
 
-def wrong_keys(per_s: float, clock: Callable[[], float] = time.monotonic) -> Allowance:
-    """Give each address so many wrong keys a second, those of _BURST_S seconds at once.
+class WrongKeys:
+    """Gives each address so many wrong keys a second, those of _BURST_S seconds at once.
 
     A right key takes nothing and always opens, so that nobody behind the same proxy is locked out.
     """
-    return Allowance(max(1.0, per_s * _BURST_S), per_s, "too many wrong keys came from this address", clock)
+
+    def __init__(self, per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._allowance = Allowance(max(1.0, per_s * _BURST_S), per_s, "too many wrong keys came from this address", clock)
+
+    def take(self, address: str) -> None:
+        """Count one. Raises: HttpError (429)."""
+        self._allowance.take(_network(address))
+
+
+def _network(address: str) -> str:
+    """Return what one host can speak from: an IPv4 address, or the 2**64 addresses of an IPv6 network."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return address
+    return str(found.ipv4_mapped or ipaddress.ip_network((int(found), 64), strict=False))
 
 
 def read_keys(path: Path) -> list[str]:

@@ -141,6 +141,18 @@ class ChatRequest(_Sampled):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = Field(None, max_length=512)
     prompt_cache_key: str | None = Field(None, max_length=512)
+    # What is not here; programs that pass all of OpenAI's arguments on send null.
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    modalities: None = None
+    parallel_tool_calls: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    tool_choice: None = None
+    tools: None = None
+    verbosity: None = None
+    web_search_options: None = None
 
 
 class CompletionRequest(_Sampled):

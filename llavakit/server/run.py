@@ -1,13 +1,13 @@
 """A server from its start to its end.
 
-Owns: bind, serve and its parts host and Leaving: the socket, uvicorn, signals. Invariants: what cannot work is refused before anything
-listens; SIGTERM and Ctrl-C let those inside finish, a second one does not.
+Owns: serve and its parts host and Leaving: uvicorn, signals. Invariant: SIGTERM and Ctrl-C let those inside finish, a second one does not.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
 import signal
 import socket
@@ -16,7 +16,6 @@ from typing import Any
 
 import uvicorn
 
-from llavakit.errors import CapacityError, ConfigError
 from llavakit.logs import logger
 from llavakit.server.app import App
 from llavakit.server.backend import Backend
@@ -25,27 +24,10 @@ from llavakit.server.http import build_protocol
 from llavakit.server.keys import Keys
 from llavakit.server.service import Service
 
-__all__ = ["Leaving", "bind", "host", "serve"]
+__all__ = ["Leaving", "host", "serve"]
 
 _LOG = logger("server")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _BACKLOG = 2048
-
-
-def bind(config: ServerConfig, keys: Keys) -> socket.socket:
-    """Take the address. Raises: ConfigError where it would be open to others without a key, CapacityError where it is taken."""
-    if config.host not in _LOOPBACK and not len(keys) and not config.insecure:
-        raise ConfigError(f"{config.host} is open to other machines; give an --api-key-file, or --insecure to serve anybody")
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    # Where the protocol is not named asyncio leaves Nagle's algorithm on, and small pieces wait 40 ms for the client's acknowledgement.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-    except OSError as error:
-        listener.close()
-        raise CapacityError(f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another --port") from error
-    return listener
 
 
 def serve(
@@ -59,6 +41,8 @@ def serve(
     tell: Callable[[str], object] = _LOG.info,
 ) -> None:
     """Serve until the process is told to stop; tell hears the address once requests are taken."""
+    gc.collect()
+    gc.freeze()  # what was loaded stays: looking through it for garbage would stop everything for 50 ms, again and again
 
     async def run() -> None:
         app = App(Service(backend, name, config), config, keys, is_sagemaker=is_sagemaker)

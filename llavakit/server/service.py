@@ -28,7 +28,7 @@ from llavakit.server.keys import Caller
 from llavakit.server.media import picture_bytes, picture_places
 from llavakit.server.metrics import Metrics
 from llavakit.server.protocol import ChatMessage, ChatRequest, CompletionRequest, ScoreRequest, TokenizeRequest
-from llavakit.types import Conversation, SamplingParams, Scored
+from llavakit.types import Conversation, SamplingParams, Scored, TokenLogprob
 
 __all__ = ["Service"]
 
@@ -102,15 +102,11 @@ class Service:
             limit = f"candidates are 1 to {self.config.max_candidates} texts that are not empty"
             raise HttpError(400, "invalid_value", limit, param="candidates")
         asked = await self._asked(request.model, request.messages, uploads)
-        found = []
-        for candidate in request.candidates:
-            question = Question(asked.conversation, _SCORING, asked.images, caller.tenant, asked.adapter, candidate)
-            async with await self._submit(question, param="candidates") as answering:
-                try:
-                    completions = [one.completion async for one in answering if one.completion is not None]
-                except LlavaError as error:
-                    raise fault_of(error, param="candidates") from error
-            found.append(completions[-1].prompt_logprobs or ())
+        first, *others = request.candidates
+        found = await self._scored(asked, [first], caller)  # what the others share is in the cache then
+        most = self.config.max_choices
+        for place in range(0, len(others), most):
+            found += await self._scored(asked, others[place : place + most], caller)
         return Scored.of(request.candidates, found)
 
     async def tokenize(self, request: TokenizeRequest, uploads: Uploads) -> dict[str, Any]:
@@ -182,6 +178,17 @@ class Service:
             message = f"the prompt has {len(ids)} tokens, at most {self.max_prompt_tokens} fit"
             raise HttpError(400, "context_length_exceeded", message, param="prompt")
         return tuple(ids)
+
+    async def _scored(self, asked: _Asked, candidates: Sequence[str], caller: Caller) -> list[tuple[TokenLogprob, ...]]:
+        """Return the log probabilities of some candidates' tokens, computed together. Raises: HttpError."""
+        questions = [Question(asked.conversation, _SCORING, asked.images, caller.tenant, asked.adapter, one) for one in candidates]
+        async with contextlib.AsyncExitStack() as submitted:
+            answers = [await submitted.enter_async_context(await self._submit(one, param="candidates")) for one in questions]
+            try:
+                completions = [[one.completion async for one in each if one.completion is not None][-1] for each in answers]
+            except LlavaError as error:
+                raise fault_of(error, param="candidates") from error
+        return [completion.prompt_logprobs or () for completion in completions]
 
     async def _submit(self, question: Question, *, param: str | None = None) -> Answering:
         try:

@@ -305,7 +305,8 @@ def test_other_failures_are_told_and_the_page_goes_on(
     expect(tab.status).to_have_text(complaint)
     expect(tab.button("Retry")).to_be_visible()
     tab.page.unroute(CHAT)
-    tab.ask("And now?")
+    told(tab, stream("Yes."))
+    assert tab.ask("And now?") == "Yes."
     assert len(tab.bodies[-1]["messages"]) == (3 if kept else 1)  # a question without an answer is left out
 
 

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.harness import write_result
 from llavakit.server.config import ServerConfig
 from tests.serving import Running, chat_body, data_url, picture, running
-from tests.unit.server.test_load import LONG, ended, request_bytes, serve
+from tests.unit.server.test_load import LONG, ended, port_of, request_bytes, serve
 
 pytestmark = pytest.mark.soak
 NUM_CANCELS = 1000
@@ -65,7 +65,8 @@ def test_killed_under_load_it_starts_again_as_fast() -> None:
     answers, seconds = [], []
     for number in range(NUM_KILLS):
         began = time.monotonic()
-        process, port = serve()
+        process = serve()
+        port = port_of(process)
         answers.append(first_answer(port))
         seconds.append(time.monotonic() - began)
         clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(64)]

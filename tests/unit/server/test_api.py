@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from llavakit.server.config import ServerConfig
 from llavakit.types import Conversation, SamplingParams
 from tests.serving import MODEL, Running, chat_body, data_url, miniature, picture, running
 
@@ -158,9 +159,10 @@ def test_what_a_conversation_costs_is_told(server: Running) -> None:
 
 def test_given_answers_are_scored(server: Running) -> None:
     body = {key: value for key, value in chat_body("Is there a red cross?", data_url(picture())).items() if key in ("model", "messages")}
-    found = server.ask("POST", "/v1/score", {**body, "candidates": ["Yes.", "No."]}).json()["data"]
-    own = miniature().score(Conversation.ask("Is there a red cross?", picture()), ["Yes.", "No."])
-    assert [one["text"] for one in found] == ["Yes.", "No."]
+    candidates = ["Yes.", "No.", *(f"There are {number}." for number in range(ServerConfig().max_choices + 1))]
+    found = server.ask("POST", "/v1/score", {**body, "candidates": candidates}).json()["data"]
+    own = miniature().score(Conversation.ask("Is there a red cross?", picture()), candidates)
+    assert [one["text"] for one in found] == candidates
     for ours, told in zip(own, found, strict=True):
         assert math.isclose(ours.logprob, told["logprob"], rel_tol=1e-6)
     assert math.isclose(sum(one["share"] for one in found), 1, rel_tol=1e-9)

@@ -14,11 +14,11 @@ import pytest
 
 from llavakit.errors import CapacityError, ConfigError
 from llavakit.logs import show_logs
+from llavakit.server.address import bind
 from llavakit.server.config import ServerConfig
 from llavakit.server.faults import HttpError
-from llavakit.server.keys import Keys, read_keys, wrong_keys
+from llavakit.server.keys import Keys, WrongKeys, read_keys
 from llavakit.server.pages import PAGES
-from llavakit.server.run import bind
 from tests.serving import Running, chat_body, data_url, picture, running
 
 KEY, OTHER = "sk-first-key", "sk-second-key"
@@ -315,7 +315,7 @@ def test_an_address_that_tries_keys_is_told_to_wait_and_locks_nobody_out() -> No
 
 def test_an_address_gets_its_guesses_back_and_its_neighbours_keep_theirs() -> None:
     now = 100.0
-    guesses = wrong_keys(2.0, clock=lambda: now)
+    guesses = WrongKeys(2.0, clock=lambda: now)
 
     def is_refused(address: str) -> bool:
         try:
@@ -329,6 +329,9 @@ def test_an_address_gets_its_guesses_back_and_its_neighbours_keep_theirs() -> No
     now += 1.0
     assert [is_refused("here") for _ in range(3)] == [False, False, True]
     assert not any(is_refused(f"address {number}") for number in range(5000))
+    assert [is_refused(f"2001:db8::{number:x}") for number in range(21)] == [False] * 20 + [True]
+    assert not is_refused("2001:db8:0:1::")
+    assert [is_refused(f"::ffff:192.0.2.{number}") for number in range(21)] == [False] * 21
     assert not is_refused("here"), "so many others came that it is forgotten: memory has a bound"
 
 

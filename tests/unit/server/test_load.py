@@ -12,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -28,16 +29,17 @@ LONG: dict[str, Any] = {"max_tokens": 700, "logit_bias": {"2": -100}, "temperatu
 KEYS = ("sk-first", "sk-second")
 
 
-def request_bytes(body: dict[str, Any]) -> bytes:
+def request_bytes(body: dict[str, Any], headers: Mapping[str, str] = MappingProxyType({})) -> bytes:
     data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-    return head.encode() + b"Connection: close\r\n\r\n" + data
+    fields = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": len(data), "Connection": "close", **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + data
 
 
-def started(server: Running, **fields: Any) -> socket.socket:
+def started(server: Running, headers: Mapping[str, str] = MappingProxyType({}), **fields: Any) -> socket.socket:
     """Begin a long streamed answer and wait for its first bytes."""
     plain = server.connect()
-    plain.sendall(request_bytes(chat_body(**{**LONG, "stream": True, **fields})))
+    plain.sendall(request_bytes(chat_body(**{**LONG, "stream": True, **fields}), headers))
     assert plain.recv(1 << 12).startswith(b"HTTP/1.1 200")
     return plain
 
@@ -136,7 +138,7 @@ def test_who_goes_away_leaves_nothing(server: Running) -> None:
 def test_who_does_not_read_is_left() -> None:
     with running(ServerConfig(port=0, write_s=0.5)) as server:
         plain = server.connect(receive_bytes=1024)
-        plain.sendall(request_bytes(chat_body(**LONG, stream=True, logprobs=True, top_logprobs=20)))
+        plain.sendall(request_bytes(chat_body(**LONG, stream=True, logprobs=True, top_logprobs=20, n=8)))
         assert waited(lambda: server.app.gate.num_inside == 1)
         assert server.is_quiet()
         assert server.chat(chat_body()).status == 200
@@ -226,11 +228,23 @@ def test_a_decoder_that_dies_is_the_pictures_fault() -> None:
         assert server.chat(chat_body("What?", data_url(picture(2)))).status == 200
 
 
+@pytest.mark.catalogue("E25")
+def test_a_decoder_that_cannot_start_is_no_pictures_fault() -> None:
+    with running(ServerConfig(port=0, num_decoders=1)) as server:
+        decoders = server.app.service.decoders
+        command = decoders._command
+        for broken in ("/nowhere", "/bin/true"):
+            decoders._command = (broken, *command[1:])
+            reply = server.chat(chat_body("What?", data_url(picture(1))))
+            assert (reply.status, reply.code) == (503, "overloaded")
+        decoders._command = command
+        assert server.chat(chat_body("What?", data_url(picture(1)))).status == 200
+
+
 @pytest.mark.catalogue("A23", "A24", "A15", "A20")
 def test_decoding_has_limits_of_time_and_memory() -> None:
     with running(ServerConfig(port=0, decode_s=0.05, num_decoders=1)) as server:
         server.call(lambda: server.app.service.decoders._running(server.app.service.decoders._all[0]))
-        time.sleep(1.0)  # its interpreter has started by then
         pid = server.app.service.decoders.pids()[0]
         os.kill(pid, signal.SIGSTOP)
         reply = server.chat(chat_body("What?", data_url(picture())))
@@ -257,12 +271,14 @@ def test_a_server_that_is_told_to_stop_lets_answers_finish() -> None:
 def test_a_key_has_so_many_requests_at_a_time_and_no_part_of_anothers() -> None:
     first, second = ({"Authorization": f"Bearer {key}"} for key in KEYS)
     with running(ServerConfig(port=0, max_per_key=2), keys=KEYS) as server:
-        threads = [in_thread(lambda: server.chat(chat_body(**LONG), first)) for _ in range(2)]
-        assert waited(lambda: server.app.gate.num_inside == 2)
+        busy = [started(server, first) for _ in range(2)]
         assert server.chat(chat_body(), first).status == 429
         assert server.chat(chat_body(), second).status == 200
-        for thread, _ in threads:
-            thread.join(60)
+        busy.pop().close()
+        assert waited(lambda: server.app.gate.num_inside == 1)
+        assert server.chat(chat_body(), first).status == 200
+        busy.pop().close()
+        assert server.is_quiet()
 
 
 @pytest.mark.catalogue("G2", "G3", "G5")
@@ -286,16 +302,20 @@ def test_what_one_key_asked_is_not_found_by_another() -> None:
         assert text == again == others
 
 
-def serve(*arguments: str, logs: Path = Path(os.devnull), prefix: tuple[str, ...] = ()) -> tuple[subprocess.Popen[str], int]:
-    """Start the command and return it with its port."""
+def serve(*arguments: str, logs: Path = Path(os.devnull), prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Start the command."""
     command = [*prefix, str(Path(sys.executable).with_name("llava")), "serve", "--port", "0", *arguments]
     with logs.open("w") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def port_of(process: subprocess.Popen[str]) -> int:
+    """Wait until it serves, and return its port."""
     assert process.stdout is not None
     address = process.stdout.readline()
     found = re.search(r":(\d+)$", address.strip())
     assert found is not None, address
-    return process, int(found.group(1))
+    return int(found.group(1))
 
 
 def ended(process: subprocess.Popen[str], number: int) -> int:
@@ -306,20 +326,21 @@ def ended(process: subprocess.Popen[str], number: int) -> int:
 
 
 @pytest.mark.catalogue("E19", "E20")
-def test_the_command_stops_when_told_and_starts_after_a_kill() -> None:
-    process, port = serve()
-    with socket.create_connection(("127.0.0.1", port)) as plain:
+def test_the_command_starts_after_a_kill_and_stops_when_told() -> None:
+    killed = serve()
+    with socket.create_connection(("127.0.0.1", port_of(killed))) as plain:
         plain.sendall(request_bytes({**chat_body(**LONG, stream=True), "model": "llava-miniature"}))
         assert plain.recv(100).startswith(b"HTTP/1.1 200")
-        assert ended(process, signal.SIGKILL) == -signal.SIGKILL
-    for number in (signal.SIGTERM, signal.SIGINT):
-        process, _ = serve("--max-images", "3")
-        assert ended(process, number) == 0
+        assert ended(killed, signal.SIGKILL) == -signal.SIGKILL
+    again = serve("--max-images", "3")
+    assert port_of(again)
+    assert ended(again, signal.SIGINT) == 0
 
 
-@pytest.mark.catalogue("E25")
+@pytest.mark.catalogue("E25", "E19")
 def test_without_file_descriptors_it_answers_whom_it_knows_and_then_everybody(tmp_path: Path) -> None:
-    process, port = serve(logs=tmp_path / "logs", prefix=("bash", "-c", 'ulimit -n 64; exec "$@"', "bash"))
+    process = serve(logs=tmp_path / "logs", prefix=("bash", "-c", 'ulimit -n 64; exec "$@"', "bash"))
+    port = port_of(process)
     asked = json.dumps({**chat_body("What?", data_url(picture(1))), "model": "llava-miniature"})
 
     def status(connection: http.client.HTTPConnection) -> int:
@@ -351,12 +372,13 @@ def test_without_file_descriptors_it_answers_whom_it_knows_and_then_everybody(tm
         (("--api-key-file", "/nowhere"), 2, "/nowhere"),
         (("--max-images", "0"), 2, "max_images"),
         (("--adapters", "x"), 2, "NAME=FOLDER"),
-        (("--port", "99999"), 2, "port"),
+        (("--port", "99999"), 2, "port must be from 0 to 65535"),
         (("--kv-memory", "1"), 5, "cache"),
     ],
 )
 def test_what_cannot_work_is_one_line(arguments: tuple[str, ...], code: int, complaint: str) -> None:
-    command = [str(Path(sys.executable).with_name("llava")), "serve", "--port", "0", *arguments]
+    port = () if "--port" in arguments else ("--port", "0")
+    command = [str(Path(sys.executable).with_name("llava")), "serve", *port, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert complaint in done.stderr.splitlines()[-1]

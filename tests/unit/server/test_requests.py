@@ -134,9 +134,14 @@ def test_fields_that_ask_for_nothing_are_taken(server: Running) -> None:
         "safety_identifier": "x",
         "n": None,
         "stop": None,
+        "modalities": None,
+        "tools": None,
+        "tool_choice": None,
+        "reasoning_effort": None,
     }
     assert server.chat({**chat_body(), **harmless}).status == 200
-    refused(server.chat({**chat_body(), "store": True}), param="store")
+    for name, value in {"store": True, "tools": [], "tool_choice": "none"}.items():
+        refused(server.chat({**chat_body(), name: value}), param=name)
 
 
 @pytest.mark.catalogue("C5", "C6", "C24", "D11")
@@ -165,6 +170,12 @@ def test_fields_that_ask_for_nothing_are_taken(server: Running) -> None:
 )
 def test_conversations_that_are_none_are_named(server: Running, messages: list[Any], param: str) -> None:
     refused(server.chat({"model": MODEL, "messages": messages}), param=param)
+
+
+def test_an_answer_that_said_nothing_may_come_back(server: Running) -> None:
+    said = [{"role": role, "content": text} for role, text in (("user", "x"), ("assistant", ""), ("user", "y"))]
+    reply = server.ask("POST", "/v1/tokenize", {"model": MODEL, "messages": said}).json()
+    assert server.chat({"model": MODEL, "messages": said, "max_tokens": 1}).json()["usage"]["prompt_tokens"] == reply["count"]
 
 
 @pytest.mark.catalogue("C6", "C24")
