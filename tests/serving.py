@@ -129,11 +129,13 @@ class Running(Server):
         return backend.engine
 
     def is_quiet(self) -> bool:
-        """Wait until nothing of any request is left: no request, no block, no slot."""
+        """Wait until nothing of any request is left: no request, no block, no slot, no memory."""
         deadline = time.monotonic() + _WAIT_S
         while time.monotonic() < deadline:
             stats = self.engine.stats()
-            if not (stats.num_running or stats.num_waiting or stats.num_used_blocks or self.app.gate.num_inside):
+            gate, room = self.app.gate, self.app.service.room
+            held = (stats.num_running, stats.num_waiting, stats.num_used_blocks, gate.num_inside, gate.num_bytes, room.used)
+            if not any(held):
                 return True
             time.sleep(0.01)
         return False

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from llavakit.errors import CheckpointError, ImageError, LengthError, PromptError
-from llavakit.geometry import ImageGrid, num_image_tokens, patch_grid
+from llavakit.geometry import ImageGrid, num_image_tokens, num_tiles, patch_grid
 from llavakit.processing.chat import ChatTemplate, Turns
 from llavakit.processing.decode import DEFAULT_LIMITS, ImageLimits, decode_image, image_digest, image_size
 from llavakit.processing.image import ImageProcessor
@@ -167,6 +167,10 @@ class LlavaProcessor:
     def grids(self, sizes: Sequence[tuple[int, int]]) -> list[ImageGrid]:
         """Return the image tokens of pictures of these widths and heights."""
         return [self.image_processor.grid(size, self.tile_grid) for size in sizes]
+
+    def tile_bytes(self, grids: Sequence[ImageGrid]) -> int:
+        """Count the bytes of pictures' tiles, as prompts hold them: float32, three channels."""
+        return sum(map(num_tiles, grids)) * 3 * 4 * self.image_processor.crop_px**2
 
     def encode_chat(
         self, conversation: Conversation, grids: Sequence[ImageGrid], *, add_generation_prompt: bool = True

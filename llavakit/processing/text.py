@@ -64,6 +64,11 @@ class TextProcessor:
             raise LengthError(f"the prompt has {len(encoded.ids)} tokens, at most {max_len} fit; shorten the conversation")
         return Prompt(encoded.ids, encoded.loss_mask, torch.empty(0, 3, 1, 1))
 
+    def tile_bytes(self, grids: Sequence[ImageGrid]) -> int:
+        """Return 0: there are no pictures."""
+        del grids
+        return 0
+
     def encode_chat(
         self, conversation: Conversation, grids: Sequence[ImageGrid], *, add_generation_prompt: bool = True
     ) -> tuple[list[Segment], EncodedChat]:

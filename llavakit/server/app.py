@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from llavakit.server.backend import Answering
 from llavakit.server.config import ServerConfig
 from llavakit.server.exchange import ClientGoneError, Exchange, Receive, Scope, Send
 from llavakit.server.faults import HttpError, fault_of
-from llavakit.server.gate import Gate
+from llavakit.server.gate import Gate, Inside
 from llavakit.server.keys import Caller, Keys, WrongKeys
 from llavakit.server.openapi import document
 from llavakit.server.pages import PAGES
@@ -194,38 +195,40 @@ class App:
         await exchange.respond_json(self._described(name))
 
     async def _chat(self, exchange: Exchange, caller: Caller) -> None:
-        with self.gate.enter(caller):
-            values, uploads = await exchange.json()
-            await self._chat_of(exchange, caller, values, uploads)
+        with self.gate.enter(caller) as inside:
+            values, uploads = await exchange.json(inside)
+            await self._chat_of(exchange, inside, values, uploads)
 
     async def _complete(self, exchange: Exchange, caller: Caller) -> None:
-        with self.gate.enter(caller):
-            values, _ = await exchange.json()
-            await self._complete_of(exchange, caller, values)
+        with self.gate.enter(caller) as inside:
+            values, _ = await exchange.json(inside)
+            await self._complete_of(exchange, inside, values)
 
     async def _invoke(self, exchange: Exchange, caller: Caller) -> None:
         """Answer as SageMaker asks: either kind of request."""
-        with self.gate.enter(caller):
-            values, uploads = await exchange.json()
+        with self.gate.enter(caller) as inside:
+            values, uploads = await exchange.json(inside)
             if isinstance(values, dict):
                 values.setdefault("model", self.service.name)
             if isinstance(values, dict) and "prompt" in values:
-                await self._complete_of(exchange, caller, values)
+                await self._complete_of(exchange, inside, values)
             else:
-                await self._chat_of(exchange, caller, values, uploads)
+                await self._chat_of(exchange, inside, values, uploads)
 
     async def _tokenize(self, exchange: Exchange, caller: Caller) -> None:
-        with self.gate.enter(caller):
-            values, uploads = await exchange.json()
+        with self.gate.enter(caller) as inside:
+            values, uploads = await exchange.json(inside)
             asked = read_request(TokenizeRequest, values)
-            await exchange.respond_json(await exchange.unless_gone(self.service.tokenize(asked, uploads)))
+            found = json.dumps(await exchange.unless_gone(self.service.tokenize(asked, inside, uploads))).encode()
+            inside.take(len(found))  # twenty times the text that was asked about, and its reader may be slow
+            await exchange.respond(200, found, "application/json")
 
     async def _score(self, exchange: Exchange, caller: Caller) -> None:
-        with self.gate.enter(caller):
-            values, uploads = await exchange.json()
+        with self.gate.enter(caller) as inside:
+            values, uploads = await exchange.json(inside)
             asked = read_request(ScoreRequest, values)
             async with asyncio.timeout(self.config.request_s):
-                scores = await exchange.unless_gone(self.service.score(asked, caller, uploads))
+                scores = await exchange.unless_gone(self.service.score(asked, inside, uploads))
             data = [
                 {
                     "text": one.text,
@@ -240,15 +243,15 @@ class App:
 
     # Answers
 
-    async def _chat_of(self, exchange: Exchange, caller: Caller, values: Any, uploads: Mapping[str, bytes]) -> None:
+    async def _chat_of(self, exchange: Exchange, inside: Inside, values: Any, uploads: Mapping[str, bytes]) -> None:
         asked = read_request(ChatRequest, values)
         form = Chat(exchange.request_id, asked.model, self.service.backend.processor.tokenizer, has_usage=_wants_usage(asked))
-        await exchange.unless_gone(self._run(exchange, functools.partial(self.service.chat, asked, caller, uploads), asked, form))
+        await exchange.unless_gone(self._run(exchange, functools.partial(self.service.chat, asked, inside, uploads), asked, form))
 
-    async def _complete_of(self, exchange: Exchange, caller: Caller, values: Any) -> None:
+    async def _complete_of(self, exchange: Exchange, inside: Inside, values: Any) -> None:
         asked = read_request(CompletionRequest, values)
         form = Text(exchange.request_id, asked.model, self.service.backend.processor.tokenizer, has_usage=_wants_usage(asked))
-        await exchange.unless_gone(self._run(exchange, functools.partial(self.service.complete, asked, caller), asked, form))
+        await exchange.unless_gone(self._run(exchange, functools.partial(self.service.complete, asked, inside), asked, form))
 
     async def _run(
         self, exchange: Exchange, submit: Callable[[], Awaitable[list[Answering]]], asked: ChatRequest | CompletionRequest, form: Form

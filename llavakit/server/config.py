@@ -36,6 +36,8 @@ class ServerConfig:
     """Fields of a request's head."""
     max_json_depth: int = 64
     """Nesting of a request's JSON."""
+    max_json_marks: int = 1 << 18
+    """Texts, brackets, commas and colons of a request's JSON."""
     max_messages: int = 256
     """Messages of a conversation."""
     max_text_chars: int = 1 << 20
@@ -75,6 +77,10 @@ class ServerConfig:
 
     max_waiting: int = 128
     """Requests in the queue; further ones get 503 with Retry-After."""
+    max_held_bytes: int = 1 << 30
+    """Bytes of all requests inside (bodies, fetched pictures, tiles for the model); further ones get 503. Memory is up to thrice that."""
+    max_held_pixels: int = 1 << 27
+    """Pixels of all pictures that are decoded and not tiles yet; further ones wait."""
     max_per_key: int = 16
     """Requests of one key at a time; further ones get 429. Without keys the whole queue is everybody's."""
     requests_per_minute: int = 0
@@ -122,6 +128,9 @@ class ServerConfig:
                 is_wrong = isinstance(value, int | float) and not value > 0
             if is_wrong:
                 raise ConfigError(f"{name} must be above 0, got {value}")
+        for every, one in (("max_held_bytes", "max_body_bytes"), ("max_held_pixels", "max_images_pixels")):
+            if getattr(self, every) < getattr(self, one):
+                raise ConfigError(f"{every} is of all requests and must be at least {one}, which is {getattr(self, one)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

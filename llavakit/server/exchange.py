@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from llavakit.server.config import ServerConfig
 from llavakit.server.faults import HttpError
+from llavakit.server.gate import Inside
 from llavakit.server.strict_json import parse_json
 
 __all__ = ["ClientGoneError", "Exchange", "Receive", "Scope", "Send"]
@@ -55,8 +56,8 @@ class Exchange:
         found = [value for known, value in self.headers if known == name]
         return found[0].decode("latin-1") if len(found) == 1 else ""
 
-    async def body(self) -> bytes:
-        """Read the body. Raises: HttpError (413, 408, 415), ClientGoneError."""
+    async def body(self, inside: Inside) -> bytes:
+        """Read the body. Raises: HttpError (413, 408, 415, 503), ClientGoneError."""
         most = self.config.max_body_bytes
         if self.header(b"content-encoding") not in ("", "identity"):
             raise HttpError(415, "unsupported_encoding", "a body must come without content-encoding")
@@ -70,27 +71,29 @@ class Exchange:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
                         raise ClientGoneError
-                    parts += message.get("body", b"")
-                    if len(parts) > most:
+                    chunk = message.get("body", b"")
+                    if len(parts) + len(chunk) > most:
                         raise _too_large(most)
+                    inside.take(len(chunk))
+                    parts += chunk
                     if not message.get("more_body", False):
                         self._has_body = True
                         return bytes(parts)
         except TimeoutError:
             raise HttpError(408, "body_timeout", "the body did not arrive in time") from None
 
-    async def json(self) -> tuple[Any, Mapping[str, bytes]]:
+    async def json(self, inside: Inside) -> tuple[Any, Mapping[str, bytes]]:
         """Read a body of JSON, or of a form whose field request is JSON and whose other fields are files. Raises: HttpError."""
         kind, _, options = self.header(b"content-type").partition(";")
         match kind.strip().lower():
             case "application/json":
-                return parse_json(await self.body(), max_depth=self.config.max_json_depth), {}
+                return self._parsed(await self.body(inside)), {}
             case "multipart/form-data":
-                fields = _fields(await self.body(), options)
+                fields = _fields(await self.body(inside), options)
                 request = fields.pop("request", None)
                 if request is None:
                     raise HttpError(400, "invalid_form", "a form needs a field request that holds the JSON")
-                return parse_json(request, max_depth=self.config.max_json_depth), fields
+                return self._parsed(request), fields
         raise HttpError(415, "unsupported_media_type", "a body must be application/json, or multipart/form-data with a field request")
 
     async def unless_gone(self, work: Awaitable[T]) -> T:
@@ -145,6 +148,9 @@ class Exchange:
         async for chunk in chunks:
             await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
         await self._send({"type": "http.response.body", "body": b""})
+
+    def _parsed(self, data: bytes) -> Any:
+        return parse_json(data, max_depth=self.config.max_json_depth, max_marks=self.config.max_json_marks)
 
     async def _start(self, status: int, kind: str, headers: tuple[tuple[bytes, bytes], ...]) -> None:
         self.status = status

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from llavakit.server.config import ServerConfig
 from llavakit.server.faults import HttpError
 from llavakit.server.fetch import Fetcher
+from llavakit.server.gate import Inside
 from llavakit.server.protocol import ChatMessage, ImageContent
 
 __all__ = ["picture_bytes", "picture_places"]
@@ -34,9 +35,9 @@ def picture_places(messages: Sequence[ChatMessage]) -> list[tuple[str, str]]:
 
 
 async def picture_bytes(
-    places: Sequence[tuple[str, str]], uploads: Mapping[str, bytes], config: ServerConfig, fetcher: Fetcher
+    places: Sequence[tuple[str, str]], uploads: Mapping[str, bytes], config: ServerConfig, fetcher: Fetcher, inside: Inside
 ) -> list[bytes]:
-    """Return the bytes of a request's pictures. Raises: HttpError (400)."""
+    """Return the bytes of a request's pictures. Raises: HttpError (400; 503 where there is no memory for what is fetched)."""
     if len(places) > config.max_images:
         raise HttpError(
             400, "too_many_images", f"the request has {len(places)} pictures, at most {config.max_images} are allowed", param="messages"
@@ -50,6 +51,7 @@ async def picture_bytes(
             data = _upload(url.removeprefix(_UPLOAD), uploads, param)
         else:
             data = await fetcher.fetch(url)
+            inside.take(len(data))
         total += len(data)
         if len(data) > most or total > config.max_images_bytes:
             raise _too_large(param, config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from llavakit.server.faults import HttpError
 
@@ -26,6 +26,19 @@ __all__ = [
 ]
 
 _INT64 = 1 << 63
+
+
+_T = TypeVar("_T")
+
+
+class _FirstAlone(FailFast):
+    """Complain about the first wrong entry alone: complaints about 100,000 would take seconds."""
+
+    __hash__ = object.__hash__  # unions want it
+
+
+Items = Annotated[list[_T], _FirstAlone()]
+"""A list of a request."""
 
 
 class _Strict(BaseModel):
@@ -60,7 +73,7 @@ class ChatMessage(_Strict):
     """One turn. What answers hold besides their text is taken back as long as it says nothing."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Content]
+    content: str | Items[Content]
     name: str | None = Field(None, max_length=128)
     refusal: None = None
     audio: None = None
@@ -116,7 +129,7 @@ class _Sampled(_Strict):
     top_k: int | None = Field(None, ge=-1, le=1 << 31)
     min_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1, le=1 << 16)
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     max_tokens: int | None = Field(None, ge=1, le=1 << 31)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -131,7 +144,7 @@ class _Sampled(_Strict):
 class ChatRequest(_Sampled):
     """Of /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Items[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=1 << 16)
@@ -158,7 +171,7 @@ class ChatRequest(_Sampled):
 class CompletionRequest(_Sampled):
     """Of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     logprobs: int | None = Field(None, ge=0, le=1 << 16)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -169,7 +182,7 @@ class TokenizeRequest(_Strict):
     """Of /v1/tokenize: a conversation or a text."""
 
     model: str = Field(min_length=1, max_length=512)
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Items[ChatMessage] | None = Field(None, min_length=1)
     prompt: str | None = None
     add_generation_prompt: bool = True
 
@@ -178,8 +191,8 @@ class ScoreRequest(_Strict):
     """Of /v1/score: a conversation, and answers whose probabilities are wanted."""
 
     model: str = Field(min_length=1, max_length=512)
-    messages: list[ChatMessage] = Field(min_length=1)
-    candidates: list[str] = Field(min_length=1)
+    messages: Items[ChatMessage] = Field(min_length=1)
+    candidates: Items[str] = Field(min_length=1)
 
 
 _M = TypeVar("_M", bound=BaseModel)

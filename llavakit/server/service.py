@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,11 @@ from llavakit.server.config import ServerConfig
 from llavakit.server.decoders import Decoders
 from llavakit.server.faults import HttpError, fault_of
 from llavakit.server.fetch import Fetcher
-from llavakit.server.keys import Caller
+from llavakit.server.gate import Inside
 from llavakit.server.media import picture_bytes, picture_places
 from llavakit.server.metrics import Metrics
 from llavakit.server.protocol import ChatMessage, ChatRequest, CompletionRequest, ScoreRequest, TokenizeRequest
+from llavakit.server.room import Room
 from llavakit.types import Conversation, SamplingParams, Scored, TokenLogprob
 
 __all__ = ["Service"]
@@ -53,6 +54,7 @@ class Service:
         self.backend, self.name, self.config = backend, name, config
         self.created = int(time.time())
         self.decoders, self.fetcher, self.metrics = Decoders(config), fetcher or Fetcher(config), Metrics()
+        self.room = Room(config.max_held_pixels)
 
     @property
     def most_requests(self) -> int:
@@ -74,13 +76,13 @@ class Service:
         """List the model and its adapters, by the names that requests use."""
         return [self.name, *self.backend.adapters]
 
-    async def chat(self, request: ChatRequest, caller: Caller, uploads: Uploads) -> list[Answering]:
+    async def chat(self, request: ChatRequest, inside: Inside, uploads: Uploads) -> list[Answering]:
         """Ask a conversation. Raises: HttpError."""
         params = params_of(request, self.config, self.num_ids)
-        asked = await self._asked(request.model, request.messages, uploads)
-        return [await self._submit(Question(asked.conversation, params, asked.images, caller.tenant, asked.adapter))]
+        async with self._asked(request.model, request.messages, inside, uploads) as asked:
+            return [await self._submit(Question(asked.conversation, params, asked.images, inside.caller.tenant, asked.adapter))]
 
-    async def complete(self, request: CompletionRequest, caller: Caller) -> list[Answering]:
+    async def complete(self, request: CompletionRequest, inside: Inside) -> list[Answering]:
         """Continue texts. Raises: HttpError."""
         adapter, params = self._adapter(request.model), completion_params_of(request, self.config, self.num_ids)
         prompts = _prompts(request.prompt)
@@ -91,25 +93,25 @@ class Service:
         async with contextlib.AsyncExitStack() as submitted:  # ends those that are submitted where one is refused
             answers: list[Answering] = []
             for prompt in prompts:
-                question = Question(await self._ids(prompt), params, tenant=caller.tenant, adapter=adapter)
+                question = Question(await self._ids(prompt), params, tenant=inside.caller.tenant, adapter=adapter)
                 answers.append(await submitted.enter_async_context(await self._submit(question, param="prompt")))
             submitted.pop_all()
         return answers
 
-    async def score(self, request: ScoreRequest, caller: Caller, uploads: Uploads) -> list[Scored]:
+    async def score(self, request: ScoreRequest, inside: Inside, uploads: Uploads) -> list[Scored]:
         """Tell how likely answers are. Raises: HttpError."""
         if len(request.candidates) > self.config.max_candidates or not all(request.candidates):
             limit = f"candidates are 1 to {self.config.max_candidates} texts that are not empty"
             raise HttpError(400, "invalid_value", limit, param="candidates")
-        asked = await self._asked(request.model, request.messages, uploads)
         first, *others = request.candidates
-        found = await self._scored(asked, [first], caller)  # what the others share is in the cache then
-        most = self.config.max_choices
-        for place in range(0, len(others), most):
-            found += await self._scored(asked, others[place : place + most], caller)
+        most, tenant = self.config.max_choices, inside.caller.tenant
+        async with self._asked(request.model, request.messages, inside, uploads) as asked:
+            found = await self._scored(asked, [first], tenant)  # what the others share is in the cache then
+            for place in range(0, len(others), most):
+                found += await self._scored(asked, others[place : place + most], tenant)
         return Scored.of(request.candidates, found)
 
-    async def tokenize(self, request: TokenizeRequest, uploads: Uploads) -> dict[str, Any]:
+    async def tokenize(self, request: TokenizeRequest, inside: Inside, uploads: Uploads) -> dict[str, Any]:
         """Tell what a conversation or a text costs. Raises: HttpError."""
         self._adapter(request.model)
         processor = self.backend.processor
@@ -120,7 +122,7 @@ class Service:
             found = await asyncio.to_thread(text_ids, processor, request.prompt)
             return {"count": len(found), "max_model_len": self.backend.context_len, "tokens": found, "images": []}
         places = picture_places(request.messages)
-        pictures = await picture_bytes(places, uploads, self.config, self.fetcher)
+        pictures = await picture_bytes(places, uploads, self.config, self.fetcher, inside)
         conversation = conversation_of(request.messages, pictures, self.config)
         try:
             sizes = await self.decoders.sizes(pictures)
@@ -148,28 +150,39 @@ class Service:
             raise HttpError(404, "model_not_found", "there is no model of that name; GET /v1/models lists them", param="model")
         return model
 
-    async def _asked(self, model: str, messages: Sequence[ChatMessage], uploads: Uploads) -> _Asked:
-        """Check a conversation from its pictures' headers, then decode them. Raises: HttpError."""
+    @contextlib.asynccontextmanager
+    async def _asked(self, model: str, messages: Sequence[ChatMessage], inside: Inside, uploads: Uploads) -> AsyncIterator[_Asked]:
+        """Check a conversation from its pictures' headers, then decode them, which the block may use. Raises: HttpError."""
         adapter = self._adapter(model)
-        pictures = await picture_bytes(picture_places(messages), uploads, self.config, self.fetcher)
+        pictures = await picture_bytes(picture_places(messages), uploads, self.config, self.fetcher, inside)
         conversation = conversation_of(messages, pictures, self.config)
         processor = self.backend.processor
         try:
             sizes = await self.decoders.sizes(pictures)
-            if sum(width * height for width, height in sizes) > self.config.max_images_pixels:
+            num_pixels = sum(width * height for width, height in sizes)
+            if num_pixels > self.config.max_images_pixels:
                 raise ImageError(f"the pictures have more than {self.config.max_images_pixels} pixels together; scale them down")
-            encode = functools.partial(processor.encode_chat, conversation, processor.grids(sizes))
+            grids = processor.grids(sizes)
+            encode = functools.partial(processor.encode_chat, conversation, grids)
             num_tokens = len((await asyncio.to_thread(encode))[1].ids)
             if num_tokens > self.max_prompt_tokens:
                 raise LengthError(
                     f"the prompt has {num_tokens} tokens with its {len(pictures)} pictures, at most {self.max_prompt_tokens} fit"
                 )
-            images = await self.decoders.images(pictures)
         except LlavaError as error:
-            if isinstance(error, ImageError):
-                self.metrics.refused.inc()
-            raise fault_of(error, param="messages") from error
-        return _Asked(conversation, tuple(images), adapter)
+            raise self._refused(error) from error
+        inside.take(processor.tile_bytes(grids))
+        async with self.room.of(num_pixels):
+            try:
+                images = await self.decoders.images(pictures)
+            except LlavaError as error:
+                raise self._refused(error) from error
+            yield _Asked(conversation, tuple(images), adapter)
+
+    def _refused(self, error: LlavaError) -> HttpError:
+        if isinstance(error, ImageError):
+            self.metrics.refused.inc()
+        return fault_of(error, param="messages")
 
     async def _ids(self, prompt: str | list[int]) -> tuple[int, ...]:
         """Return a prompt's ids. Raises: HttpError for too many."""
@@ -179,9 +192,9 @@ class Service:
             raise HttpError(400, "context_length_exceeded", message, param="prompt")
         return tuple(ids)
 
-    async def _scored(self, asked: _Asked, candidates: Sequence[str], caller: Caller) -> list[tuple[TokenLogprob, ...]]:
+    async def _scored(self, asked: _Asked, candidates: Sequence[str], tenant: str) -> list[tuple[TokenLogprob, ...]]:
         """Return the log probabilities of some candidates' tokens, computed together. Raises: HttpError."""
-        questions = [Question(asked.conversation, _SCORING, asked.images, caller.tenant, asked.adapter, one) for one in candidates]
+        questions = [Question(asked.conversation, _SCORING, asked.images, tenant, asked.adapter, one) for one in candidates]
         async with contextlib.AsyncExitStack() as submitted:
             answers = [await submitted.enter_async_context(await self._submit(one, param="candidates")) for one in questions]
             try:

@@ -1,7 +1,7 @@
-"""JSON as a request may have it: one meaning, bounded nesting, finite numbers.
+"""JSON as a request may have it: one meaning, bounded nesting and size, finite numbers.
 
 Owns: parse_json. Refuses: duplicate keys, NaN and infinities, halves of surrogate pairs, numbers of more digits than fit, deep nesting,
-anything that is no UTF-8.
+more values than allowed (empty lists take thirty times their bytes), anything that is no UTF-8.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from llavakit.server.faults import HttpError
 
 __all__ = ["parse_json"]
 
-_TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]', re.DOTALL)
+_TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},:]', re.DOTALL)
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 _MOST_DIGITS = 32
 
 
-def parse_json(data: bytes, *, max_depth: int) -> Any:
+def parse_json(data: bytes, *, max_depth: int, max_marks: int) -> Any:
     """Parse a body. Raises: HttpError (400)."""
-    _check_depth(data, max_depth)
+    _check_shape(data, max_depth, max_marks)
     try:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_table, parse_constant=_no_number, parse_int=_integer, parse_float=_number
@@ -34,15 +34,17 @@ def parse_json(data: bytes, *, max_depth: int) -> Any:
     return value
 
 
-def _check_depth(data: bytes, most: int) -> None:
+def _check_shape(data: bytes, max_depth: int, max_marks: int) -> None:
     depth = 0
-    for token in _TOKENS.finditer(data):
-        if (mark := token.group()) in (b"[", b"{"):
+    for count, token in enumerate(_TOKENS.finditer(data)):
+        if (mark := data[token.start()]) in b"[{":
             depth += 1
-            if depth > most:
-                raise _invalid(f"the body's JSON is nested deeper than {most}")
-        elif mark in (b"]", b"}"):
+            if depth > max_depth:
+                raise _invalid(f"the body's JSON is nested deeper than {max_depth}")
+        elif mark in b"]}":
             depth -= 1
+        if count >= max_marks:
+            raise _invalid(f"the body's JSON has more than {max_marks} texts, brackets, commas and colons")
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

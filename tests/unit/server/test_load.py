@@ -1,5 +1,6 @@
 """Too many, too slow, gone, and broken: whoever asks gets an answer or an error, and nothing is left behind. Section E, A23, A24, G5."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -12,16 +13,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from llavakit.engine.llm import LLM
 from llavakit.server.config import ServerConfig
+from llavakit.server.room import Room
 from tests.serving import Reply, Running, chat_body, data_url, miniature, picture, running
 from tests.unit.server.test_requests import png
 
@@ -97,6 +100,66 @@ def test_a_full_server_says_so_before_it_reads_anything() -> None:
             plain.close()
         assert server.is_quiet()
         assert server.chat(chat_body()).status == 200
+
+
+@pytest.mark.catalogue("E24", "C3")
+def test_bodies_take_so_much_memory_together() -> None:
+    config = ServerConfig(port=0, max_body_bytes=1 << 20, max_images_bytes=1 << 20, max_held_bytes=(2 << 20) - 4096)
+    with running(config) as server:
+        body = json.dumps(chat_body()).encode()
+        big = b'{"model": "%s"' % (b"x" * (1 << 20))
+        halves = [server.connect() for _ in range(2)]
+        for plain in halves:
+            plain.sendall(request_bytes({})[:-2].replace(b"Content-Length: 2", b"Content-Length: %d" % (1 << 20)) + big[: 3 << 18])
+        assert waited(lambda: server.app.gate.num_bytes == 2 * (3 << 18))
+        reply = server.chat(body + b" " * (600 << 10))
+        assert (reply.status, reply.code, reply.headers["connection"]) == (503, "overloaded", "close")
+        assert 1 <= int(reply.headers["retry-after"]) <= 5
+        assert server.chat(body).status == 200
+        for plain in halves:
+            plain.close()
+        assert server.is_quiet()
+        assert server.chat(body + b" " * (600 << 10)).status == 200
+
+
+@pytest.mark.catalogue("E24")
+def test_decoded_pictures_take_so_much_memory_together() -> None:
+    config = ServerConfig(port=0, max_images_pixels=2 * 64 * 64, max_held_pixels=3 * 64 * 64)
+    with running(config) as server, ThreadPoolExecutor(12) as pool:
+        used, room, images = [0], server.app.service.room, server.app.service.decoders.images
+
+        async def counted(pictures: Sequence[bytes]) -> list[Image.Image]:
+            used.append(room.used)
+            return await images(pictures)
+
+        server.app.service.decoders.images = counted  # type: ignore[method-assign]
+        bodies = [chat_body("What?", *(data_url(picture(place)) for place in range(1 + n % 2)), max_tokens=2) for n in range(12)]
+        assert {reply.status for reply in pool.map(server.chat, bodies)} == {200}
+        assert 64 * 64 < max(used) <= config.max_held_pixels
+        assert server.is_quiet()
+
+
+def test_who_waits_for_room_gets_it_in_turn_and_may_stop_waiting() -> None:
+    async def found() -> list[str]:
+        room, order = Room(10), list[str]()
+
+        async def enter(name: str, amount: int) -> None:
+            async with room.of(amount):
+                order.append(name)
+                await asyncio.sleep(0.01)
+
+        async with room.of(8):
+            tasks = [asyncio.ensure_future(enter(name, amount)) for name, amount in (("a", 3), ("b", 9), ("c", 1), ("d", 0), ("e", 2))]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert (order, room.used) == (["d"], 8)  # the others wait behind the first; nothing needs no room
+            tasks[1].cancel()
+        tasks[4].cancel()  # its turn has come at this very moment
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert room.used == 0
+        return order
+
+    assert asyncio.run(found()) == ["d", "a", "c"]
 
 
 @pytest.mark.catalogue("E3")
@@ -251,7 +314,9 @@ def test_decoding_has_limits_of_time_and_memory() -> None:
         assert (reply.status, reply.code) == (400, "invalid_image")
         assert "takes too long" in reply.json()["error"]["message"]
         assert server.app.service.decoders.num_killed == 1
-    with running(ServerConfig(port=0, decoder_bytes=300 << 20, max_image_pixels=1 << 28, max_images_pixels=1 << 28)) as server:
+    with running(
+        ServerConfig(port=0, decoder_bytes=300 << 20, max_image_pixels=1 << 28, max_images_pixels=1 << 28, max_held_pixels=1 << 28)
+    ) as server:
         reply = server.chat(chat_body("What?", data_url(png(8000, 8000, b"\0" * (1001 * 8000)))))
         assert reply.status == 400
         assert server.chat(chat_body()).status == 200

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from llavakit.server.config import ServerConfig
+from llavakit.server.faults import HttpError
+from llavakit.server.strict_json import parse_json
 from tests.serving import MODEL, Reply, Running, chat_body, data_url, picture, running
 from tests.soak.mutants import mutant
 
@@ -50,12 +52,18 @@ def test_bodies_that_are_no_json_are_refused(server: Running, body: bytes) -> No
 
 
 @pytest.mark.catalogue("C1")
-def test_nesting_has_a_limit_and_strings_do_not_count(server: Running) -> None:
+def test_nesting_and_size_have_limits_and_strings_do_not_count(server: Running) -> None:
     deep = asked("x")
     for _ in range(70):
         deep = {"metadata": deep}
     refused(server.chat(deep), "invalid_json")
+    refused(server.chat(b'{"stop": [' + b"[]," * (1 << 18) + b'"x"]}'), "invalid_json")
+    refused(server.chat({**asked("x"), "logit_bias": {str(number): 1 for number in range(1 << 17)}}), "invalid_json")
     assert server.chat(asked("[" * 100 + '"{')).status == 200
+    value = {"a": "[,:" * 100 + '\\"'}
+    assert parse_json(json.dumps(value).encode(), max_depth=1, max_marks=5) == value
+    with pytest.raises(HttpError):
+        parse_json(json.dumps(value).encode(), max_depth=1, max_marks=4)
 
 
 @pytest.mark.catalogue("C2", "F7")
