@@ -29,7 +29,7 @@ from llavakit.server.backend import Backend, LocalBackend
 from llavakit.server.config import ServerConfig
 from llavakit.server.fetch import Fetcher
 from llavakit.server.keys import Keys
-from llavakit.server.run import Leaving, host
+from llavakit.server.run import Leaving, host, settle
 from llavakit.server.service import Service
 from llavakit.world.render import render, to_png
 from llavakit.world.scenes import draw_scene
@@ -206,7 +206,9 @@ def apart(config: ServerConfig, load: Callable[[], LLM]) -> Iterator[tuple[Serve
 
 
 def _run_apart(config: ServerConfig, load: Callable[[], LLM], pipe: Connection) -> None:
-    with running(config, llm=load()) as server:
+    llm = load()
+    settle()
+    with running(config, llm=llm) as server:
         pipe.send(server.port)
         pipe.recv()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
@@ -24,6 +25,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 T = TypeVar("T")
 _MOST_PARTS = 64
+_LONG = 1 << 20
+_TURNS = 8
+"""How often everybody else has a turn between two long bodies, each of which may take 0.3 s to parse."""
+_SILENCE_S = 0.5
+"""How long a client may pause that is told of an error before it has sent everything."""
 _SAFETY = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -87,13 +93,13 @@ class Exchange:
         kind, _, options = self.header(b"content-type").partition(";")
         match kind.strip().lower():
             case "application/json":
-                return self._parsed(await self.body(inside)), {}
+                return await self._parsed(await self.body(inside), inside), {}
             case "multipart/form-data":
                 fields = _fields(await self.body(inside), options)
                 request = fields.pop("request", None)
                 if request is None:
                     raise HttpError(400, "invalid_form", "a form needs a field request that holds the JSON")
-                return self._parsed(request), fields
+                return await self._parsed(request, inside), fields
         raise HttpError(415, "unsupported_media_type", "a body must be application/json, or multipart/form-data with a field request")
 
     async def unless_gone(self, work: Awaitable[T]) -> T:
@@ -134,13 +140,19 @@ class Exchange:
         await self.respond(status, json.dumps(value, ensure_ascii=False).encode(), "application/json", headers=headers)
 
     async def fail(self, error: HttpError) -> None:
-        """Answer with an error; a body that was not read is not read any more."""
+        """Answer with an error; of a body that was not read what still comes is thrown away."""
         headers = [] if error.retry_s is None else [(b"retry-after", str(error.retry_s).encode())]
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        if not self._has_body and self.method not in ("GET", "HEAD"):
+        is_unread = not self._has_body and self.method not in ("GET", "HEAD")
+        if is_unread:
             headers.append((b"connection", b"close"))
-        await self.respond_json(error.body(), error.status, headers=tuple(headers))
+        body = json.dumps(error.body()).encode()
+        await self._start(error.status, "application/json", (*headers, (b"content-length", str(len(body)).encode())))
+        await self._send({"type": "http.response.body", "body": body, "more_body": is_unread})
+        if is_unread:
+            await self._throw_away()
+            await self._send({"type": "http.response.body", "body": b""})
 
     async def stream(self, chunks: AsyncIterator[bytes]) -> None:
         """Answer with server-sent events, as they come."""
@@ -149,8 +161,13 @@ class Exchange:
             await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
         await self._send({"type": "http.response.body", "body": b""})
 
-    def _parsed(self, data: bytes) -> Any:
-        return parse_json(data, max_depth=self.config.max_json_depth, max_marks=self.config.max_json_marks)
+    async def _parsed(self, data: bytes, inside: Inside) -> Any:
+        is_long = len(data) > _LONG
+        async with inside.parsing.of(is_long):
+            value = parse_json(data, max_depth=self.config.max_json_depth, max_marks=self.config.max_json_marks)
+            for _ in range(_TURNS if is_long else 0):
+                await asyncio.sleep(0)
+            return value
 
     async def _start(self, status: int, kind: str, headers: tuple[tuple[bytes, bytes], ...]) -> None:
         self.status = status
@@ -158,6 +175,18 @@ class Exchange:
         defaults = [pair for pair in (*_SAFETY, (b"cache-control", b"no-store")) if pair[0] not in known]
         every = [(b"content-type", kind.encode()), (b"x-request-id", self.request_id.encode()), *defaults, *self.extra_headers, *headers]
         await self._send({"type": "http.response.start", "status": status, "headers": every})
+
+    async def _throw_away(self) -> None:
+        """Take what a client still sends, as long as it does: closed at once, it would see a reset connection in place of its answer."""
+        until = time.monotonic() + self.config.body_s
+        while not self.header(b"expect") and time.monotonic() < until:
+            try:
+                async with asyncio.timeout(_SILENCE_S):
+                    message = await self._receive()
+            except TimeoutError:
+                return
+            if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                return
 
     async def _gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

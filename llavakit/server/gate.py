@@ -16,6 +16,7 @@ from llavakit.server.allowance import Allowance
 from llavakit.server.config import ServerConfig
 from llavakit.server.faults import HttpError
 from llavakit.server.keys import Caller
+from llavakit.server.room import Room
 
 __all__ = ["Gate", "Inside"]
 
@@ -28,6 +29,7 @@ class Inside:
 
     def __init__(self, gate: Gate, caller: Caller) -> None:
         self._gate, self.caller, self.num_bytes = gate, caller, 0
+        self.parsing = gate.parsing
 
     def take(self, num_bytes: int) -> None:
         """Hold so many bytes more, until the request leaves. Raises: HttpError (503)."""
@@ -45,6 +47,8 @@ class Gate:
         per_minute = config.requests_per_minute
         told = f"a key may send {per_minute} requests a minute"
         self._allowance = Allowance(per_minute, per_minute / _MINUTE_S, told, clock) if per_minute else None
+        self.parsing = Room(1)
+        """Of those whose bodies are long, one is parsed at a time."""
         self.num_inside = self.num_bytes = 0
         self.is_draining = False
 

@@ -1,12 +1,14 @@
 """A server from its start to its end.
 
-Owns: serve and its parts host and Leaving: uvicorn, signals. Invariant: SIGTERM and Ctrl-C let those inside finish, a second one does not.
+Owns: serve and its parts settle, host and Leaving: memory, uvicorn, signals. Invariant: SIGTERM and Ctrl-C let those inside finish, a
+second one does not.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import math
 import signal
@@ -24,10 +26,11 @@ from llavakit.server.http import build_protocol
 from llavakit.server.keys import Keys
 from llavakit.server.service import Service
 
-__all__ = ["Leaving", "host", "serve"]
+__all__ = ["Leaving", "host", "serve", "settle"]
 
 _LOG = logger("server")
 _BACKLOG = 2048
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def serve(
@@ -41,8 +44,7 @@ def serve(
     tell: Callable[[str], object] = _LOG.info,
 ) -> None:
     """Serve until the process is told to stop; tell hears the address once requests are taken."""
-    gc.collect()
-    gc.freeze()  # what was loaded stays: looking through it for garbage would stop everything for 50 ms, again and again
+    settle()
 
     async def run() -> None:
         app = App(Service(backend, name, config), config, keys, is_sagemaker=is_sagemaker)
@@ -52,6 +54,15 @@ def serve(
         await host(app, config, listener, leaving, tell=tell)
 
     asyncio.run(run())
+
+
+def settle() -> None:
+    """Prepare a process that has loaded its model for a long life."""
+    gc.collect()
+    gc.freeze()  # looking through what stays for garbage would stop everything for 50 ms, again and again
+    with contextlib.suppress(OSError, AttributeError):
+        # glibc learns to keep blocks of up to 32 MB in its heap, where small ones between them keep it from giving anything back.
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 class Leaving:

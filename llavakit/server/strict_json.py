@@ -27,7 +27,7 @@ def parse_json(data: bytes, *, max_depth: int, max_marks: int) -> Any:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_table, parse_constant=_no_number, parse_int=_integer, parse_float=_number
         )
-        if _HALF.search(data):
+        if b"\\u" in data and _HALF.search(data):
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise _invalid("the body is no valid JSON in UTF-8") from error

@@ -94,6 +94,7 @@ def test_a_full_server_says_so_before_it_reads_anything() -> None:
         assert reply.startswith(b"HTTP/1.1 503")
         assert b"connection: close" in reply.lower()
         assert time.perf_counter() - began < 1
+        assert server.chat(json.dumps(chat_body()).encode() + b" " * (30 << 20)).status == 503  # also where it is still sending
         assert server.ask("GET", "/health").status == 200
         assert server.ask("GET", "/ready").status == 503
         for plain in busy:
