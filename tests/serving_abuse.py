@@ -1,6 +1,7 @@
 """Bad clients beside a good one, for so many seconds.
 
-Owns: abuse, its Counts and its ACTS. Each bad client draws what it does from its own seed; the good one asks what it knows the answer to.
+Owns: abuse, its Counts and its ACTS, and memory_of. Each bad client draws what it does from its own seed; the good one asks what it knows
+the answer to.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from tests.serving import Server, chat_body, data_url, picture
 from tests.soak.mutants import mutant
 
-__all__ = ["ACTS", "Counts", "abuse", "mutated"]
+__all__ = ["ACTS", "Counts", "abuse", "memory_of", "mutated"]
 
 _NUM_BAD = 6
 _QUESTION = "How many things are there?"
@@ -74,7 +75,7 @@ def abuse(server: Server, seconds: float, *, seed: int = 0, process: int | None 
             counts.busy += 1
         else:
             counts.wrong.append(reply.body.decode(errors="replace")[:300])
-        counts.rss_bytes.append(_rss(os.getpid() if process is None else process))
+        counts.rss_bytes.append(memory_of(os.getpid() if process is None else process))
         time.sleep(0.05)
     for thread in threads:
         thread.join(60)
@@ -163,6 +164,7 @@ def _other_paths(server: Server, rng: random.Random) -> int:
 ACTS = (_mutated_body, _mutated_body, _damaged_bytes, _damaged_picture, _goes_away, _half_closes, _no_http, _other_paths)
 
 
-def _rss(process: int) -> int:
+def memory_of(process: int) -> int:
+    """Return the bytes of memory that a process has."""
     with open(f"/proc/{process}/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * 4096

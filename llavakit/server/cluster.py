@@ -9,6 +9,7 @@ is wrong with a question comes back as a value, so that no text of a remote trac
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol, Self
@@ -171,11 +172,17 @@ class _Asked:
         lost: tuple[type[Exception], ...],
         forget: Callable[[_Asked], object],
     ) -> None:
-        self._ask, self._question, self._lost, self._forget = ask, question, lost, forget
-        self._key = routing_key(question)
+        self._lost, self._forget = lost, forget
+        self._again: Callable[[], Remote] | None = functools.partial(ask, question, routing_key(question))
+        """Asks again; None once the answer has begun, since the question keeps its pictures."""
         self._tries = itertools.count(1)
-        self._events = ask(question, self._key)
-        self.has_begun = self._is_over = False
+        self._events = self._again()
+        self._is_over = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a token has come."""
+        return self._again is None
 
     def __aiter__(self) -> Self:
         return self
@@ -188,13 +195,13 @@ class _Asked:
             try:
                 event = await anext(self._events)
             except self._lost as error:
-                if self.has_begun or next(self._tries) >= _MOST_TRIES:
+                if self._again is None or next(self._tries) >= _MOST_TRIES:
                     raise HttpError(503, "replica_lost", "what answered is gone; ask again", retry_s=1) from error
                 _LOG.warning("a replica is gone; its question is asked again")
                 await asyncio.sleep(0.2)
-                self._events = self._ask(self._question, self._key)
+                self._events = self._again()
                 continue
-            self.has_begun = True
+            self._again = None
             self._is_over = event.is_last
             if event.error is not None:
                 try:

@@ -107,7 +107,7 @@ class ServerConfig:
     num_decoders: int = 2
     """Processes that decode pictures."""
     decode_s: float = 5.0
-    """Seconds to decode a picture."""
+    """Seconds of a core to decode a picture; by the clock six times that, since others may have the cores."""
     decoder_bytes: int = 1 << 30
     """Memory of a process that decodes pictures."""
     remote_images: bool = False

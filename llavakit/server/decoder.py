@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import struct
 import sys
 import warnings
@@ -25,8 +26,8 @@ FINE, WRONG, ANIMATED = 0, 1, 2
 SIZE = struct.Struct("<II")
 
 
-def serve(source: BinaryIO, sink: BinaryIO, limits: ImageLimits) -> None:
-    """Say that requests may come, and answer them until there are no more."""
+def serve(source: BinaryIO, sink: BinaryIO, limits: ImageLimits, decode_s: float) -> None:
+    """Say that requests may come, and answer them until there are no more; a picture that takes a core for longer ends the process."""
     sink.write(READY)
     sink.flush()
     while len(head := source.read(HEAD.size)) == HEAD.size:
@@ -34,7 +35,9 @@ def serve(source: BinaryIO, sink: BinaryIO, limits: ImageLimits) -> None:
         data = source.read(length)
         if len(data) < length:
             return
+        signal.setitimer(signal.ITIMER_PROF, decode_s)
         status, reply = _answer(data, limits, has_pixels=wanted == b"D")
+        signal.setitimer(signal.ITIMER_PROF, 0)
         sink.write(REPLY.pack(status, len(reply)))
         sink.write(reply)
         sink.flush()
@@ -55,11 +58,11 @@ def _answer(data: bytes, limits: ImageLimits, *, has_pixels: bool) -> tuple[int,
 def main() -> None:
     """Serve on the standard streams under the limits of the first argument."""
     settings = json.loads(sys.argv[1])
-    most = settings.pop("decoder_bytes")
+    most, decode_s = settings.pop("decoder_bytes"), settings.pop("decode_s")
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("error")  # a picture that Pillow only warns of is refused
-    serve(sys.stdin.buffer, sys.stdout.buffer, ImageLimits(**settings))
+    serve(sys.stdin.buffer, sys.stdout.buffer, ImageLimits(**settings), decode_s)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ _LOG = logger("server")
 _MOST_PICTURES = 1000
 """Pictures that a process decodes before a fresh one takes its place."""
 _START_S = 30.0
+_PATIENCE = 6.0
+"""How many times what a picture may take of a core it may take by the clock."""
 
 
 class _Decoder:
@@ -47,6 +50,7 @@ class Decoders:
             "max_aspect": config.max_image_aspect,
             "max_total_pixels": config.max_images_pixels,
             "decoder_bytes": config.decoder_bytes,
+            "decode_s": config.decode_s,
         }
         self._command = (sys.executable, "-m", "llavakit.server.decoder", json.dumps(limits))
         self._decode_s = config.decode_s
@@ -82,13 +86,14 @@ class Decoders:
         is_whole = False
         try:
             process = await self._running(decoder)
-            async with asyncio.timeout(self._decode_s):
+            async with asyncio.timeout(_PATIENCE * self._decode_s):
                 status, reply = await _exchange(process, wanted, data)
             is_whole = True
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
             self.num_killed += 1
             _LOG.warning("a picture of %d bytes ended the process that decoded it (%s)", len(data), type(error).__name__)
-            problem = "takes too long to decode" if isinstance(error, TimeoutError) else "cannot be decoded"
+            is_slow = isinstance(error, TimeoutError) or await _end(decoder) == -signal.SIGPROF
+            problem = "takes too long to decode" if is_slow else "cannot be decoded"
             raise ImageError(f"the picture {problem}; send it in another form, or smaller") from None
         finally:
             decoder.num_pictures += 1
@@ -125,10 +130,11 @@ async def _exchange(process: Process, wanted: bytes, data: bytes) -> tuple[int, 
     return status, await process.stdout.readexactly(length)
 
 
-async def _end(decoder: _Decoder) -> None:
+async def _end(decoder: _Decoder) -> int:
+    """End its process, if it has one, and return how that ended."""
     process, decoder.process = decoder.process, None
     if process is None:
-        return
+        return 0
     with contextlib.suppress(ProcessLookupError):
         process.kill()
-    await process.wait()
+    return await process.wait()

@@ -25,6 +25,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 T = TypeVar("T")
 _MOST_PARTS = 64
+_TOO_SLOW = 408
 _LONG = 1 << 20
 _TURNS = 8
 """How often everybody else has a turn between two long bodies, each of which may take 0.3 s to parse."""
@@ -86,7 +87,7 @@ class Exchange:
                         self._has_body = True
                         return bytes(parts)
         except TimeoutError:
-            raise HttpError(408, "body_timeout", "the body did not arrive in time") from None
+            raise HttpError(_TOO_SLOW, "body_timeout", "the body did not arrive in time") from None
 
     async def json(self, inside: Inside) -> tuple[Any, Mapping[str, bytes]]:
         """Read a body of JSON, or of a form whose field request is JSON and whose other fields are files. Raises: HttpError."""
@@ -151,7 +152,8 @@ class Exchange:
         await self._start(error.status, "application/json", (*headers, (b"content-length", str(len(body)).encode())))
         await self._send({"type": "http.response.body", "body": body, "more_body": is_unread})
         if is_unread:
-            await self._throw_away()
+            if error.status != _TOO_SLOW:
+                await self._throw_away()
             await self._send({"type": "http.response.body", "body": b""})
 
     async def stream(self, chunks: AsyncIterator[bytes]) -> None:

@@ -1,19 +1,24 @@
 """The server, longer than the tests take: a thousand clients go away at random moments; it is killed under load and starts again."""
 
 import http.client
+import io
 import json
+import multiprocessing
 import random
 import signal
 import socket
 import struct
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
+from PIL import Image
 
 from benchmarks.harness import write_result
 from llavakit.server.config import ServerConfig
-from tests.serving import Running, chat_body, data_url, picture, running
+from tests.serving import Running, Server, chat_body, data_url, picture, running
+from tests.serving_abuse import memory_of
 from tests.unit.server.test_load import LONG, ended, port_of, request_bytes, serve
 
 pytestmark = pytest.mark.soak
@@ -51,6 +56,52 @@ def test_a_thousand_cancels_leave_nothing() -> None:
         assert any(begun)
         assert not all(begun)
         write_result("serving_cancels", "make soak", {"cancels": NUM_CANCELS, "answers_begun": sum(begun)})
+
+
+def flooded(port: int, body: bytes, num_clients: int) -> list[int]:
+    """Ask twice with each of so many clients at once; returns what they heard."""
+    with ThreadPoolExecutor(num_clients) as pool:
+        return list(pool.map(lambda _: Server(port).chat(body).status, range(2 * num_clients)))
+
+
+def test_floods_of_long_bodies_take_so_much_memory_and_give_it_back() -> None:
+    noise = io.BytesIO()
+    Image.effect_noise((2000, 2000), 90).save(noise, "JPEG", quality=80)
+    photographs = chat_body("What?", *[data_url(noise.getvalue(), "image/jpeg")] * 8)
+    floods = {
+        "31 MB of nothing": ({**NAMED, "junk": "x" * (31 << 20)}, 40, {400, 503}),
+        "8 pictures of 4 megapixels": ({**photographs, "model": NAMED["model"]}, 24, {200, 503}),
+    }
+    process = serve("--kv-memory", str(64 << 20))
+    try:
+        server, rows = Server(port_of(process)), {}
+        assert server.chat({**chat_body("What?", data_url(picture())), "model": NAMED["model"]}).status == 200
+        before = memory_of(process.pid)
+        for name, (body, num_clients, expected) in floods.items():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+                heard = apart.submit(flooded, server.port, json.dumps(body).encode(), num_clients)
+                memory, health_s = [before], list[float]()
+                while not heard.done():
+                    began = time.monotonic()
+                    assert server.ask("GET", "/health").status == 200
+                    health_s.append(time.monotonic() - began)
+                    memory.append(memory_of(process.pid))
+                    time.sleep(0.02)
+            assert set(heard.result()) <= expected
+            after = memory_of(process.pid)
+            sizes = {"before": before, "most": max(memory), "after": after}
+            rows[name] = {
+                "clients": num_clients,
+                "answers": dict(Counter(heard.result())),
+                "health_max_s": round(max(health_s), 2),
+                "rss_mb": {key: round(value / 1e6) for key, value in sizes.items()},
+            }
+            assert max(memory) - before < 3 * ServerConfig().max_held_bytes
+            assert after - before < 128 << 20
+        assert ended(process, signal.SIGTERM) == 0
+    finally:
+        process.kill()
+    write_result("serving_floods", "make soak", rows)
 
 
 def first_answer(port: int) -> str:

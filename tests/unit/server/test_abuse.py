@@ -142,8 +142,7 @@ def test_half_an_hour_of_bad_clients() -> None:
         megabytes = [round(statistics.median(counts.rss_bytes[n * part :][:part]) / 1e6, 1) for n in range(10)]
         facts = {"good": counts.good, "busy": counts.busy, "slowest_s": round(counts.slowest_s, 2), "rss_mb": megabytes}
         write_result("serving_abuse", "make soak", {"seconds": 1800, **facts, "acts": dict(counts.acts), "statuses": dict(counts.statuses)})
-        assert max(counts.rss_bytes[-part:]) - max(counts.rss_bytes[:part]) < 64 << 20
-        assert megabytes[-1] - megabytes[5] < 16  # caches and heap fill up in the first half
+        assert megabytes[-1] - megabytes[0] < 16
 
 
 @pytest.mark.soak
