@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
@@ -92,9 +91,7 @@ class Decoders:
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
             self.num_killed += 1
             _LOG.warning("a picture of %d bytes ended the process that decoded it (%s)", len(data), type(error).__name__)
-            is_slow = isinstance(error, TimeoutError) or await _end(decoder) == -signal.SIGPROF
-            problem = "takes too long to decode" if is_slow else "cannot be decoded"
-            raise ImageError(f"the picture {problem}; send it in another form, or smaller") from None
+            raise ImageError("the picture takes too much time or memory to decode; send it in another form, or smaller") from None
         finally:
             decoder.num_pictures += 1
             if not is_whole or decoder.num_pictures >= _MOST_PICTURES:
@@ -130,11 +127,10 @@ async def _exchange(process: Process, wanted: bytes, data: bytes) -> tuple[int, 
     return status, await process.stdout.readexactly(length)
 
 
-async def _end(decoder: _Decoder) -> int:
-    """End its process, if it has one, and return how that ended."""
+async def _end(decoder: _Decoder) -> None:
     process, decoder.process = decoder.process, None
     if process is None:
-        return 0
+        return
     with contextlib.suppress(ProcessLookupError):
         process.kill()
-    return await process.wait()
+    await process.wait()
